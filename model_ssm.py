@@ -1,0 +1,672 @@
+"""The student: a language model whose layers are the teacher's, with Mamba-2 where attention was.
+
+Run:  python eval.py out/tiny --prompt "def "      # after `python distill.py`: the student speaks
+
+Two shapes of block cover the teachers; a mixer moves information along the sequence, an MLP works
+on each position:
+
+    Phi                                 Llama, Mistral, Qwen, SmolLM
+    u --+-- LayerNorm --+-- mixer --+   u -- RMSNorm -- mixer --(+u)-- RMSNorm -- gated MLP --(+)-->
+        |               +-- MLP ----+
+        +---------------------------+-->
+
+The mixer is MOHAWK's discrete Mamba-2 ([2] section 3): no time step, no learned A; each head's
+decay is read off the input h (B, L, D).
+
+    h -- in_proj --+-- v k q -- causal conv, 4 wide -- ssd(q, k, v, a) + D v --(x)-- out_proj -->
+                   +-- a = -softplus(A_log) ------------^                       |
+                   +-- z -------------------------- silu(z + z_bias) -----------+
+
+Parameter names and config.json are those of the published goombalab/Phi-Mamba, so its weights load
+as they are.
+It leaves out: dropout, and any initialisation for training at scale from nothing.
+
+[1] Mamba-2, arXiv 2405.21060    [2] MOHAWK, arXiv 2408.10189
+"""
+import json
+import math
+import os
+import shutil
+import socket
+import urllib.parse
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ssd_kernel import mixing_matrix, ssd, ssd_step
+
+SILU_IS_ONE = 1.278464542761    # silu of this is 1: with this bias alone a gate is exactly open
+PREFILL = 2048                  # tokens of a prompt read at once, so memory is flat in its length
+
+
+class UsageError(Exception):
+    """Something the user can mend. The programs print it as one line and leave with exit code 2."""
+
+
+def phi_frequencies(head_dim):
+    """Phi's rotary embedding: base 10,000 over the first half of a head's channels.
+
+    One frequency per pair of them.
+    """
+    pairs = head_dim // 4
+    return tuple(1e4 ** (-i / pairs) for i in range(pairs))
+
+
+@dataclass
+class Config:
+    """Shapes; defaults are Phi-Mamba's. What the teacher has too comes from it, see shapes_of."""
+    vocab_size: int = 51200
+    d_model: int = 2048             # D
+    n_layer: int = 24
+    block: str = "phi"              # "phi": one norm, mixer and MLP side by side
+                                    # "llama": two norms, one after the other
+    d_mlp: int = 8192
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    n_head: int = 32                # H
+    head_dim: int = 64              # P
+    # the SSM's own
+    n_qk_head: int = 32             # G; MOHAWK: q and k per head; plain Mamba-2: one shared pair
+    d_state: int = 64               # N
+    d_conv: int = 4
+    # attention, in the layers that keep it
+    attn_layers: tuple = ()
+    n_kv_head: int = 32
+    inv_freq: tuple = phi_frequencies(64)           # rotary embedding
+    qkv_bias: bool = True
+    out_bias: bool = True
+    qk_norm: bool = False
+    window: int | None = None       # how far back attention sees, where that is limited
+
+    @property
+    def d_inner(self):
+        return self.n_head * self.head_dim
+
+
+# -----------------------------------------------------------------------------
+# MLPs
+
+class MLP(nn.Module):
+    """Phi's: fc2(gelu(fc1 h)), with biases."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.d_model, config.d_mlp)
+        self.fc2 = nn.Linear(config.d_mlp, config.d_model)
+
+    def forward(self, h):
+        return self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
+
+
+class GatedMLP(nn.Module):
+    """Llama's: down(silu(gate h) * up h), without."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_mlp, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_mlp, bias=False)
+        self.down_proj = nn.Linear(config.d_mlp, config.d_model, bias=False)
+
+    def forward(self, h):
+        return self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+# -----------------------------------------------------------------------------
+# the mixers: forward(h, state) -> (output, next state)
+# state None: the text begins here, and nothing is kept
+
+def causal_conv(x, weight, bias, before=None):
+    """y_t = bias + sum_i weight[:, 0, i] x_(t - K + 1 + i), each channel by itself.
+
+    x (B, L, C)   weight (C, 1, K)   bias (C)   -> (B, L, C)
+    before (B, K - 1, C): what came before x, zeros if None
+    """
+    K = weight.shape[-1]
+    x = F.pad(x, (0, 0, K - 1, 0)) if before is None else torch.cat([before, x], dim=1)
+    y = F.conv1d(x.transpose(1, 2), weight.to(x.dtype), bias.to(x.dtype), groups=x.shape[-1])
+    return y.transpose(1, 2)
+
+
+class Mamba2(nn.Module):
+    """Discrete Mamba-2: all that attention does here, with a state of N x P numbers per head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, qk = config, config.n_qk_head * config.d_state
+        # rows of in_proj: v, k, q, z, A_log
+        self.sizes = [config.d_inner, qk, qk, config.d_inner, config.n_head]
+        channels = sum(self.sizes[:3])
+        self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)
+        self.z_bias = nn.Parameter(torch.zeros(config.d_inner))
+        self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels)
+        self.D = nn.Parameter(torch.ones(config.n_head))
+        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """MOHAWK's start: the conv passes input through, the gate is exactly 1 (z = 0), D = 1."""
+        self.in_proj.reset_parameters()
+        self.in_proj.weight.split(self.sizes)[3].zero_()
+        self.z_bias.fill_(SILU_IS_ONE)
+        self.conv1d.weight.zero_()[..., -1] = 1
+        self.conv1d.bias.zero_()
+        self.D.fill_(1)
+        self.out_proj.reset_parameters()
+        self.out_proj.weight /= math.sqrt(self.config.n_layer)
+
+    def project(self, h, before=None):
+        """h (B, L, D) -> q, k, v, a, z and the conv's input
+
+        q, k (B, L, G, N)   v (B, L, H, P)   a (B, L, H) <= 0   z (B, L, H P)
+        """
+        c = self.config
+        vkq, z, A_log = self.in_proj(h).split([sum(self.sizes[:3]), *self.sizes[3:]], dim=-1)
+        mixed = causal_conv(vkq, self.conv1d.weight, self.conv1d.bias, before)
+        v, k, q = mixed.split(self.sizes[:3], dim=-1)           # Mamba-2 calls them x, B, C
+        q, k = (x.unflatten(-1, (c.n_qk_head, c.d_state)) for x in (q, k))
+        a = -F.softplus(A_log.float() if A_log.dtype != torch.float64 else A_log)
+        return q, k, v.unflatten(-1, (c.n_head, c.head_dim)), a, z, vkq
+
+    def forward(self, h, state=None):
+        """h (B, L, D) -> (B, L, D)
+
+        state: (last K - 1 inputs of the conv, S (B, H, N, P)), of constant size
+        """
+        before, S = state or (None, None)
+        q, k, v, a, z, vkq = self.project(h, before)
+        if S is None:
+            y = ssd(q, k, v, a)
+        elif h.shape[1] == 1:
+            y, S = ssd_step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], S)
+            y = y[:, None]
+        else:
+            y, S = ssd(q, k, v, a, initial_state=S, return_final_state=True)
+        y = y + self.D.to(v.dtype)[:, None] * v                                     # (B, L, H, P)
+        y = self.out_proj(y.flatten(-2) * F.silu(z + self.z_bias.to(z.dtype)))      # (B, L, D)
+        return y, state and (torch.cat([before, vkq], dim=1)[:, -before.shape[1]:], S)
+
+    def initial_state(self, B):
+        c, like = self.config, self.in_proj.weight
+        before = like.new_zeros(B, c.d_conv - 1, sum(self.sizes[:3]))
+        S = like.new_zeros(B, c.n_head, c.d_state, c.head_dim)
+        return before, S
+
+
+class Attention(nn.Module):
+    """The teacher's own attention, for the layers of a hybrid that keep it.
+
+    Rotary, grouped-query, with a KV cache.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, kv = config, config.n_kv_head * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, config.d_inner, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.d_model, kv, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.d_model, kv, bias=config.qkv_bias)
+        self.dense = nn.Linear(config.d_inner, config.d_model, bias=config.out_bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+
+    def forward(self, h, state=None):
+        """h (B, L, D) -> (B, L, D). state: all keys and values so far; it grows with the text."""
+        (B, L, _), c = h.shape, self.config
+        q, k, v = (proj(h).view(B, L, -1, c.head_dim).transpose(1, 2)       # (B, H or G, L, P)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        past = 0 if state is None else state[0].shape[2]
+        q, k = rotate(q, past, c.inv_freq), rotate(k, past, c.inv_freq)
+        if state is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(state, (k, v), strict=True))
+            state = k, v
+        distance = (torch.arange(past, past + L, device=h.device)[:, None]
+                    - torch.arange(past + L, device=h.device))
+        seen = (distance >= 0) & (distance < (c.window or past + L))        # (L, past + L)
+        plain = past == 0 and (c.window or L) >= L                          # torch is faster then
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if plain else seen,
+                                           is_causal=plain, enable_gqa=True)
+        return self.dense(y.transpose(1, 2).flatten(-2)), state
+
+    def initial_state(self, B):
+        empty = self.q_proj.weight.new_zeros(B, self.config.n_kv_head, 0, self.config.head_dim)
+        return empty, empty
+
+
+def rotate(x, past, inv_freq):
+    """Rotary embedding of x (B, H, L, P).
+
+    Channels i and i + R/2 of the first R turn by position * inv_freq[i].
+    """
+    # fp32 frequencies and products, like the teacher's, else positions drift apart from its own
+    position = torch.arange(past, past + x.shape[2], device=x.device, dtype=torch.float32)
+    frequency = torch.tensor(inv_freq, device=x.device, dtype=torch.float32)
+    angle = torch.outer(position, frequency)                                        # (L, R/2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second, rest = x.split([len(inv_freq)] * 2 + [x.shape[-1] - 2 * len(inv_freq)], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+class AttentionMixer(nn.Module):
+    """Attention under the name the published hybrid checkpoint has it: mixer.self_attn."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = Attention(config)
+
+    def forward(self, h, state=None):
+        return self.self_attn(h, state)
+
+    def initial_state(self, B):
+        return self.self_attn.initial_state(B)
+
+
+# -----------------------------------------------------------------------------
+# the model
+
+class Block(nn.Module):
+    def __init__(self, config, i):
+        super().__init__()
+        self.parallel = config.block == "phi"
+        self.input_layernorm = norm(config)
+        self.mixer = AttentionMixer(config) if i in config.attn_layers else Mamba2(config)
+        if not self.parallel:
+            self.post_attention_layernorm = norm(config)
+        self.mlp = MLP(config) if self.parallel else GatedMLP(config)
+
+    def forward(self, u, state=None):
+        """u (B, L, D) -> the next layer's u (B, L, D), and the mixer's next state"""
+        h = self.input_layernorm(u)
+        mixed, state = self.mixer(h, state)
+        if self.parallel:
+            return u + mixed + self.mlp(h), state
+        u = u + mixed
+        return u + self.mlp(self.post_attention_layernorm(u)), state
+
+
+def norm(config):
+    kind = nn.LayerNorm if config.block == "phi" else nn.RMSNorm
+    return kind(config.d_model, eps=config.norm_eps)
+
+
+class SSM(nn.Module):
+    """The language model.
+
+    It answers the stages' three questions: matrix(i, u), block(i, u), logits(tokens).
+    """
+
+    def __init__(self, config):
+        """Random weights as for training from nothing.
+
+        The usual ways in are from_teacher and from_pretrained.
+        """
+        super().__init__()
+        unknown = [i for i in config.attn_layers if not 0 <= i < config.n_layer]
+        if unknown:
+            raise UsageError(f"--attn_layers {unknown[0]}: "
+                             f"the model has layers 0 to {config.n_layer - 1}")
+        self.config = config
+        self.backbone = nn.ModuleDict({
+            "embedding": nn.Embedding(config.vocab_size, config.d_model),
+            "layers": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+            "final_layernorm": norm(config)})
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.block == "phi")
+        if config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for i in self.ssm_layers:
+            self.layers[i].mixer.reset_parameters()
+
+    @property
+    def layers(self):
+        return self.backbone["layers"]
+
+    @property
+    def ssm_layers(self):
+        return [i for i in range(self.config.n_layer) if i not in self.config.attn_layers]
+
+    def hidden(self, tokens):
+        """tokens (B, L) -> (B, L, D), after the final norm: what the head reads"""
+        return self.prefill(tokens, None)[0]
+
+    def head(self, h):
+        return self.lm_head(h)                                                      # (..., V)
+
+    def logits(self, tokens):
+        """tokens (B, L) -> (B, L, V): stage 3's question"""
+        return self.head(self.hidden(tokens))
+
+    def inputs(self, tokens):
+        """Yields (i, u) for each layer: i its number, u (B, L, D) what it is given."""
+        u = self.backbone["embedding"](tokens)
+        for i, layer in enumerate(self.layers):
+            yield i, u
+            u = layer(u)[0]
+
+    def block(self, i, u):
+        """u (B, L, D) -> (B, L, D), the output of layer i: stage 2's question"""
+        return self.layers[i](u)[0]
+
+    def factors(self, i, u):
+        """q, k, a, D: what SSM layer i's matrix is made of, in the form orientation_loss takes"""
+        layer = self.layers[i]
+        q, k, _, a, _, _ = layer.mixer.project(layer.input_layernorm(u))
+        return q, k, a, layer.mixer.D
+
+    def matrix(self, i, u):
+        """u (B, L, D) -> M + diag D (B, H, L, L) of SSM layer i: stage 1's question, in full"""
+        q, k, a, D = self.factors(i, u)
+        return mixing_matrix(q, k, a) + torch.diag_embed(D[:, None].expand(-1, u.shape[1]))
+
+    # generation ----------------------------------------------------------------
+
+    def initial_state(self, B):
+        return [layer.mixer.initial_state(B) for layer in self.layers]
+
+    def prefill(self, tokens, state):
+        """tokens (B, L) after `state` -> final hidden (B, L, D), next state. In parallel over L."""
+        u, after = self.backbone["embedding"](tokens), []
+        for layer, before in zip(self.layers, state or [None] * len(self.layers), strict=True):
+            u, kept = layer(u, before)
+            after.append(kept)
+        return self.backbone["final_layernorm"](u), after
+
+    def step(self, token, state):
+        """One token by the recurrence: token (B), state -> logits (B, V), next state"""
+        h, state = self.prefill(token[:, None], state)
+        return self.head(h[:, -1]), state
+
+    @torch.no_grad()
+    def generate(self, tokens, n, temperature=0.0, top_k=None, seed=0):
+        """tokens (B, L) -> (B, L + n)
+
+        Greedy at temperature 0; else sampled, from the top_k likeliest if given. Memory does not
+        grow with n, but for a hybrid's attention layers.
+        """
+        if tokens.shape[1] == 0:
+            raise UsageError("an empty prompt: give at least one token")
+        generator = torch.Generator(tokens.device).manual_seed(seed)
+        state, out = self.initial_state(len(tokens)), [tokens]
+        for piece in tokens.split(PREFILL, dim=1):
+            h, state = self.prefill(piece, state)
+        logits = self.head(h[:, -1])
+        for _ in range(n):
+            token = sample(logits, temperature, top_k, generator)                   # (B)
+            out.append(token[:, None])
+            logits, state = self.step(token, state)
+        return torch.cat(out, dim=1)
+
+    # in and out ------------------------------------------------------------------
+
+    @classmethod
+    def from_teacher(cls, teacher, attn_layers=(), init="mohawk", **overrides):
+        """A student of `teacher`'s shape with all its weights but the mixers outside attn_layers.
+
+        attn_layers: numbers of the layers that keep attention, or "all"
+        init: "mohawk", see Mamba2.reset_parameters; or "qkv", that and the teacher's q, k, v and
+              output projection
+        overrides: fields of Config, such as d_state
+        """
+        shapes = shapes_of(teacher.config, teacher.inv_freq)
+        attn_layers = range(shapes["n_layer"]) if attn_layers == "all" else attn_layers
+        student = cls(Config(**shapes | {"attn_layers": tuple(attn_layers)} | overrides))
+        ours = student.state_dict()
+        theirs = {rename(name): w for name, w in teacher.model.state_dict().items()}
+        copied = {name: w.to(ours[name].dtype) for name, w in theirs.items() if name in ours}
+        left_out = tuple(f"backbone.layers.{i}.mixer." for i in student.ssm_layers)
+        wrong = [name for name in ours.keys() ^ theirs.keys() if not name.startswith(left_out)]
+        if wrong:
+            raise UsageError(f"{teacher.name} and the student do not fit: "
+                             f"{sorted(wrong)[0]} is only in one of them")
+        student.load_state_dict(ours | copied, strict=True)
+        if init == "qkv":
+            for i in student.ssm_layers:
+                prefix = f"backbone.layers.{i}.mixer.self_attn."
+                copy_qkv(student.layers[i].mixer, theirs, prefix, shapes["n_kv_head"])
+        elif init != "mohawk":
+            raise UsageError(f"--init {init}: choose mohawk or qkv")
+        student.loaded = (f"{len(copied)} tensors copied from the teacher, "
+                          f"{len(ours) - len(copied)} of the mixers fresh")
+        return student
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """name: a model folder of this project or of goombalab/Phi-Mamba's layout, or a hub id.
+
+        Strict: all or nothing.
+        """
+        name = str(name)
+        if (Path(name) / "config.json").is_file():
+            folder = Path(name)
+            files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
+        elif Path(name).exists() or name.count("/") != 1:
+            raise UsageError(f"no model in {name}: there is no config.json")
+        else:
+            folder, files = from_hub(name)
+        student = cls(read_config(json.loads((folder / "config.json").read_text())))
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            raise UsageError(f"{folder} has a config.json but no model.safetensors")
+        try:
+            weights = (load_file(file) if file.suffix == ".safetensors"
+                       else torch.load(file, weights_only=True))
+        except Exception as error:                  # a cut or damaged file fails in many ways
+            raise UsageError(f"{file} cannot be read, it may be cut short: {error}") from error
+        if student.config.tie_embeddings:
+            weights["lm_head.weight"] = weights["backbone.embedding.weight"]
+        ours = {name: w.shape for name, w in student.state_dict().items()}
+        theirs = {name: w.shape for name, w in weights.items()}
+        if wrong := sorted({name for name, shape in ours.items() ^ theirs.items()}):
+            raise UsageError(f"{file} does not fit its config.json: "
+                             f"{len(wrong)} tensors differ, first {wrong[0]}")
+        student.load_state_dict(weights, strict=True)
+        student.loaded = f"{len(weights)} tensors loaded, none missing, none left over"
+        return student
+
+    def save_pretrained(self, folder, **about):
+        """config.json and model.safetensors in the published layout; whole or not at all.
+
+        about: how it was made
+        """
+        folder = Path(folder)
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        weights = {name: w.detach().contiguous() for name, w in self.state_dict().items()}
+        if self.config.tie_embeddings:
+            del weights["lm_head.weight"]
+        save_file(weights, partial / "model.safetensors")
+        config = write_config(self.config) | {"about": about}
+        (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+
+def sample(logits, temperature, top_k, generator):
+    """logits (B, V) -> tokens (B)"""
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    p = (logits.float() / temperature).softmax(-1)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+
+def ask_hub():
+    """Before the hub is asked: if its name does not resolve, ask this machine's cache only.
+
+    huggingface_hub would find out too, after half a minute of retries and a page of warnings.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+    huggingface_hub.utils.logging.set_verbosity_error()
+    proxied = any(os.environ.get(name)
+                  for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    try:
+        proxied or socket.getaddrinfo(urllib.parse.urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
+def from_hub(name):
+    from huggingface_hub import snapshot_download
+    ask_hub()
+    try:
+        folder = snapshot_download(
+            name, allow_patterns=["config.json", "model.safetensors", "pytorch_model.bin"])
+    except Exception as error:                      # the hub client raises a dozen unrelated types
+        raise UsageError(f"no folder {name} here, and the hub does not give it: "
+                         f"{str(error).splitlines()[0]}") from error
+    return Path(folder), [Path(folder) / "model.safetensors", Path(folder) / "pytorch_model.bin"]
+
+
+# -----------------------------------------------------------------------------
+# teacher -> student
+
+def shapes_of(hf, inv_freq):
+    """The fields of Config that a Hugging Face decoder's configuration decides."""
+    phi = hf.model_type == "phi"
+    if hf.hidden_act not in (("gelu_new", "gelu_pytorch_tanh") if phi else ("silu",)):
+        raise UsageError(f"the teacher's activation {hf.hidden_act} is not one the student has")
+    if getattr(hf, "mlp_bias", False) or getattr(hf, "qk_layernorm", False):
+        raise UsageError("the teacher has biases in a gated MLP, or norms on Phi's q and k: "
+                         "the student has neither")
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    attention_bias = getattr(hf, "attention_bias", False)
+    return {"vocab_size": hf.vocab_size, "d_model": hf.hidden_size, "n_layer": hf.num_hidden_layers,
+            "block": "phi" if phi else "llama", "d_mlp": hf.intermediate_size,
+            "norm_eps": hf.layer_norm_eps if phi else hf.rms_norm_eps,
+            "tie_embeddings": hf.tie_word_embeddings,
+            "n_head": hf.num_attention_heads, "n_qk_head": hf.num_attention_heads,
+            "head_dim": head_dim, "d_state": head_dim,
+            "n_kv_head": hf.num_key_value_heads or hf.num_attention_heads,
+            "inv_freq": tuple(inv_freq),
+            "qkv_bias": phi or attention_bias or hf.model_type == "qwen2",
+            "out_bias": phi or attention_bias, "qk_norm": hf.model_type == "qwen3",
+            "window": getattr(hf, "sliding_window", None)}
+
+
+def rename(name):
+    """A Hugging Face parameter name -> ours.
+
+    >>> rename("model.layers.3.self_attn.o_proj.weight")
+    'backbone.layers.3.mixer.self_attn.dense.weight'
+    >>> rename("model.norm.weight"), rename("lm_head.weight")
+    ('backbone.final_layernorm.weight', 'lm_head.weight')
+    """
+    for theirs, ours in (("model.embed_tokens.", "backbone.embedding."),
+                         ("model.norm.", "backbone.final_layernorm."),
+                         ("model.", "backbone."),
+                         (".o_proj.", ".dense."),
+                         (".self_attn.", ".mixer.self_attn.")):
+        name = ours + name[len(theirs):] if name.startswith(theirs) else name
+        name = name.replace(theirs, ours) if theirs.startswith(".") else name
+    return name
+
+
+@torch.no_grad()
+def copy_qkv(mixer, theirs, prefix, n_kv_head):
+    """q <- q, k <- k, v <- v, out_proj <- dense.
+
+    Keys and values of grouped-query teachers once for each query head.
+    """
+    c = mixer.config
+    if (c.n_qk_head, c.d_state) != (c.n_head, c.head_dim):
+        raise UsageError("init qkv needs d_state = head_dim and q, k for every head, "
+                         "as the teacher has them")
+
+    def heads(name, n):
+        # (n P, ...) -> (H P, ...), whole heads repeated: rows of one head stay together
+        w = theirs[prefix + name]
+        return w.unflatten(0, (n, c.head_dim)).repeat_interleave(c.n_head // n, dim=0).flatten(0, 1)
+
+    # The scale of softmax(q k / sqrt(N)) goes into q: scores start at the size attention gives.
+    scale = c.head_dim ** -0.5
+    rows, biases = mixer.in_proj.weight.split(mixer.sizes), mixer.conv1d.bias.split(mixer.sizes[:3])
+    sources = (("v_proj", n_kv_head, 1), ("k_proj", n_kv_head, 1), ("q_proj", c.n_head, scale))
+    for at, (name, n, factor) in enumerate(sources):
+        rows[at].copy_(factor * heads(f"{name}.weight", n))
+        if f"{prefix}{name}.bias" in theirs:    # in_proj has no bias, but the conv behind it has
+            biases[at].copy_(factor * heads(f"{name}.bias", n))
+    mixer.out_proj.weight.copy_(theirs[prefix + "dense.weight"])
+
+
+# -----------------------------------------------------------------------------
+# config.json, in the published layout
+
+MAMBA, ATTENTION = "modules.mixers.discrete_mamba2", "modules.mixers.phi_attention"
+IN_MODEL = ("vocab_size", "d_model", "n_layer", "attn_layers")
+IN_CORE = ("d_state", "n_head", "n_qk_head", "d_conv", "head_dim")
+
+
+def write_config(config):
+    """The published layout: runs of equal layers as Block1, Block2, ...
+
+    What it has no place for goes under "shapes".
+    """
+    core = {"d_state": config.d_state, "n_v_heads": config.n_head, "n_qk_heads": config.n_qk_head,
+            "d_conv": config.d_conv, "conv_bias": True, "expand": config.d_inner / config.d_model,
+            "chunk_size": 128, "activation": "identity", "bias": False}
+    runs = []
+    for i in range(config.n_layer):
+        kind = ATTENTION if i in config.attn_layers else MAMBA
+        if runs and runs[-1]["CoreType"] == kind:
+            runs[-1]["n_layers"] += 1
+        else:
+            runs.append({"n_layers": 1,
+                         "BlockType": "modules.phi_block", "block_input": {"resid_dropout": 0.0},
+                         "CoreType": kind, "core_input": core if kind == MAMBA else {}})
+    said = IN_MODEL + (IN_CORE if len(config.attn_layers) < config.n_layer else ())
+    language = {"vocab_size": config.vocab_size, "pad_vocab_size_multiple": 1}
+    mixer = {"d_model": config.d_model, "n_layer": config.n_layer, "lm_head_prenorm": "layer"}
+    return {"LanguageModel": {"input": language},
+            "MixerModel": {"input": mixer},
+            **{f"Block{i}": run for i, run in enumerate(runs, 1)},
+            "shapes": {name: value for name, value in asdict(config).items() if name not in said}}
+
+
+def read_config(file):
+    """config.json as a dict -> Config; what is not said is Phi-1.5's, as in the published code."""
+    try:
+        language, mixer = file["LanguageModel"]["input"], file["MixerModel"]["input"]
+        # file order is layer order
+        blocks = [block for name, block in file.items() if name.startswith("Block")]
+        kinds = [block["CoreType"] for block in blocks for _ in range(block["n_layers"])]
+        multiple = language.get("pad_vocab_size_multiple", 8)
+        shapes = {"vocab_size": -(-language["vocab_size"] // multiple) * multiple,
+                  "d_model": mixer["d_model"], "n_layer": mixer["n_layer"],
+                  "attn_layers": tuple(i for i, kind in enumerate(kinds) if kind == ATTENTION)}
+        if len(kinds) != mixer["n_layer"] or set(kinds) - {MAMBA, ATTENTION}:
+            raise UsageError(f"config.json describes {len(kinds)} layers of {set(kinds)}, "
+                             f"of {mixer['n_layer']}")
+        core = next((block["core_input"] for block in blocks if block["CoreType"] == MAMBA), None)
+        shapes["d_mlp"] = 4 * mixer["d_model"]
+        if core:
+            if core["activation"] != "identity" or core["bias"] or not core["conv_bias"]:
+                raise UsageError("config.json asks for a mixer with an activation or a bias "
+                                 "that this one does not have")
+            shapes |= {"d_state": core["d_state"],
+                       "n_head": core["n_v_heads"], "n_qk_head": core["n_qk_heads"],
+                       "d_conv": core["d_conv"],
+                       "head_dim": round(mixer["d_model"] * core["expand"]) // core["n_v_heads"]}
+            shapes |= {"n_kv_head": shapes["n_head"],
+                       "inv_freq": phi_frequencies(shapes["head_dim"])}
+    except (KeyError, TypeError) as error:
+        raise UsageError("config.json is not one of this project's or of Phi-Mamba's: "
+                         f"{error} is missing") from error
+    shapes |= file.get("shapes", {})
+    known = {field.name for field in fields(Config)}
+    if set(shapes) - known:
+        raise UsageError(f"config.json has an unknown shape: {sorted(set(shapes) - known)[0]}")
+    return Config(**{name: tuple(value) if isinstance(value, list) else value
+                     for name, value in shapes.items()})
