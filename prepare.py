@@ -1,0 +1,443 @@
+"""Turn text into token shards on disk, once, so that training only reads memory-mapped integers.
+
+Run:  python prepare.py                                   # Python's library, as bytes; no download
+      python prepare.py --data ~/books --teacher smollm2  # a folder of text, in SmolLM2's tokens
+      python prepare.py --data allenai/c4 --config en --teacher microsoft/phi-1_5 --tokens 3e9
+
+What comes out is one folder, and it appears whole or not at all:
+
+    data/<name>/train_00000.bin ...   only token ids, uint16 (uint32 if the vocabulary needs it)
+                val.bin               every 25th token or so, in whole documents, not trained on
+                                      (a document longer than 65,536 characters counts as several)
+                meta.json             tokenizer, vocabulary, counts, source, every shard's checksum
+
+    document | <|endoftext|> | document | <|endoftext|> | ...   packed end to end, read in windows
+
+Training sees the windows in an order that depends on (seed, epoch) alone. So a place in the data is
+one number, the count of windows before it, and a run can be taken up anywhere.
+
+It leaves out: filtering, deduplication, mixing of several sources. Do these before, with tools made
+for them.
+"""
+import argparse
+import functools
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import sysconfig
+import zlib
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import tiktoken
+import torch
+from tqdm import tqdm
+
+from model_ssm import UsageError, ask_hub
+from model_teacher import find
+
+END_OF_TEXT = "<|endoftext|>"
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+SHARD_TOKENS = 10**8    # 200 MB a shard in uint16
+PIECE = 2**16           # characters read at once, so that memory does not depend on a file's size
+HELD_OUT = 0.04         # share of the tokens that go to val.bin
+HELD_OUT_MOST = 2**22   # and its largest size
+PROBE = ("def f(x):\n    return 'naïve' + str(3.14)\t# The  quick — brown fox\n\n"
+         + END_OF_TEXT[:5])
+
+
+def count(text):
+    """A number of tokens as people write it.
+
+    >>> count("3e9"), count("2**15"), count("4096")
+    (3000000000, 32768, 4096)
+    """
+    base, _, power = str(text).partition("**")
+    value = float(base) ** int(power or 1)
+    if value != int(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of tokens")
+    return int(value)
+
+
+# -----------------------------------------------------------------------------
+# text -> tokens
+
+def byte_encoding():
+    """UTF-8 bytes as tokens 0..255, <|endoftext|> as 256: nothing to download or to learn."""
+    # The pattern cuts the text before ranks are merged. It must never match the empty string:
+    # tiktoken panics on that.
+    return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})",
+                             mergeable_ranks={bytes([i]): i for i in range(256)},
+                             special_tokens={END_OF_TEXT: 256})
+
+
+class Tokenizer:
+    """One face for the byte encoding and for any Hugging Face tokenizer.
+
+    name: "bytes", or whatever Teacher.load takes ("tiny" has the byte encoding).
+    vocab_size: one more than the largest id.   eot: the id that separates documents.
+    fingerprint: a hash of what it makes of a fixed sentence; those with one fingerprint agree.
+    """
+
+    def __init__(self, name):
+        self.name = "bytes" if name == "tiny" else str(name)
+        if self.name == "bytes":
+            encoding = byte_encoding()
+            self.encode_batch = encoding.encode_ordinary_batch
+            self.decode = encoding.decode
+            self.vocab_size, self.eot = encoding.n_vocab, encoding.eot_token
+        else:
+            self._from_transformers()
+        seen = json.dumps([self.encode(PROBE), self.eot]).encode()
+        self.fingerprint = hashlib.sha256(seen).hexdigest()[:16]
+
+    def _from_transformers(self):
+        from transformers import AutoTokenizer
+        path, options = find(self.name)
+        try:
+            hf = AutoTokenizer.from_pretrained(path, **options)
+        except Exception as error:                # the hub client raises a dozen unrelated types
+            raise UsageError(f"no tokenizer for {self.name}: {first_line(error)} "
+                             "(with no network: python distill.py --preset tiny)") from error
+        # Text that spells a special token is text, not a command: splitting it keeps data from
+        # ending documents.
+        self.encode_batch = lambda texts: hf(
+            texts, add_special_tokens=False, split_special_tokens=True,
+            return_attention_mask=False, verbose=False)["input_ids"]
+        self.decode = lambda ids: hf.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        vocabulary = hf.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.eot = vocabulary.get(END_OF_TEXT, hf.eos_token_id)
+        if self.eot is None:
+            raise UsageError(f"the tokenizer of {self.name} has no end-of-text token "
+                             "to separate documents with")
+
+    def encode(self, text):
+        return self.encode_batch([text])[0]
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+# -----------------------------------------------------------------------------
+# sources: each yields (text, ends), where `ends` says that a document is complete
+
+def documents(source, config=None):
+    """Read `source` piece by piece.
+
+    source: "stdlib", a file or folder of text, JSONL or Parquet, or a Hugging Face id
+    """
+    if source == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+        files = [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
+        if not files:
+            raise UsageError(f"no .py files under {root}: this Python ships without its source; "
+                             "pass --data FOLDER")
+        yield from ((path.read_text("utf-8", errors="replace"), True) for path in files)
+    elif (path := Path(source).expanduser()).exists():
+        files = ([path] if path.is_file() else
+                 sorted(p for p in path.rglob("*") if p.is_file() and reader(p)))
+        if not files or not reader(files[0]):
+            kinds = " ".join(TEXT_SUFFIXES) + " .jsonl .json .parquet"
+            raise UsageError(f"nothing to read in {source}: it takes {kinds}, "
+                             "the first two kinds also as .gz")
+        for file in files:
+            yield from reader(file)(file)
+    elif (source.startswith((".", "/", "~")) or source.count("/") != 1
+          or Path(source).suffix in TEXT_SUFFIXES):
+        raise UsageError(f"no such file or folder: {source} "
+                         "(and not a Hugging Face id like allenai/c4)")
+    else:
+        yield from from_hub(source, config)
+
+
+def reader(path):
+    """The function that reads `path`, by its name; None for a kind of file that we cannot read."""
+    suffix = [s for s in path.suffixes if s != ".gz"][-1:]
+    if suffix and suffix[0] in TEXT_SUFFIXES:
+        return read_text
+    others = {".jsonl": read_json, ".json": read_json, ".parquet": read_parquet}
+    return others.get(suffix[0] if suffix else "")
+
+
+def opened(path):
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8", errors="replace")
+
+
+def read_text(path):
+    with opened(path) as file:
+        text = file.read(PIECE)
+        while text:
+            if text[-1] != "\n":
+                text += file.readline(PIECE)      # cut at the end of a line, where tokens end too
+            following = file.read(PIECE)
+            yield text, not following
+            text = following
+
+
+def read_json(path):
+    with opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)["text"], True
+                except (ValueError, KeyError, TypeError) as error:
+                    raise UsageError(f"{path} line {number}: expected one JSON object "
+                                     'with a "text" field') from error
+
+
+def read_parquet(path):
+    import pyarrow.parquet
+    file = pyarrow.parquet.ParquetFile(path)
+    if "text" not in file.schema_arrow.names:
+        columns = ", ".join(file.schema_arrow.names)
+        raise UsageError(f'{path}: no column named "text", only {columns}')
+    for rows in file.iter_batches(batch_size=1000, columns=["text"]):
+        yield from ((text, True) for text in rows["text"].to_pylist())
+
+
+def from_hub(source, config):
+    import datasets
+    ask_hub()
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE
+    try:
+        for row in datasets.load_dataset(source, config, split="train", streaming=True):
+            yield row["text"], True
+    except Exception as error:          # network, unknown id, missing config: many types, one cure
+        raise UsageError(f"cannot stream the data set {source}: {first_line(error)} "
+                         "(with no network: python distill.py --preset tiny)") from error
+
+
+# -----------------------------------------------------------------------------
+# tokens -> shards
+
+class Shards:
+    """Writes one split, <prefix>_00000.bin ... (or just <prefix>.bin), counted and checksummed."""
+
+    def __init__(self, folder, prefix, dtype, numbered=True):
+        self.folder, self.prefix, self.dtype, self.numbered = folder, prefix, dtype, numbered
+        self.shards, self.file, self.tokens = {}, None, 0
+
+    def write(self, ids):
+        ids = np.asarray(ids, dtype=self.dtype)
+        while len(ids):
+            if self.file is None:
+                self.name = (f"{self.prefix}_{len(self.shards):05d}.bin" if self.numbered else
+                             f"{self.prefix}.bin")
+                self.file = open(self.folder / self.name, "wb")
+                self.shards[self.name] = {"tokens": 0, "crc32": 0}
+            shard = self.shards[self.name]
+            room = SHARD_TOKENS - shard["tokens"] if self.numbered else len(ids)
+            data = ids[:room].tobytes()
+            self.file.write(data)
+            shard["tokens"] += len(ids[:room])
+            shard["crc32"] = zlib.crc32(data, shard["crc32"])
+            self.tokens += len(ids[:room])
+            ids = ids[room:]
+            if self.numbered and shard["tokens"] == SHARD_TOKENS:
+                self.close()
+
+    def close(self):
+        if self.file:
+            self.file.close()
+        self.file = None
+
+
+def prepare(source, folder, tokenizer, config=None, tokens=None):
+    """Tokenise `source` into `folder`, up to `tokens` training tokens if given; -> the meta dict.
+
+    Documents are held out greedily: one goes to val.bin whenever less than HELD_OUT of the tokens
+    have, so the held-out ones are spread evenly. Written to a temporary folder first, renamed at
+    the end.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise UsageError(f"{folder} exists already: delete it to prepare it again, "
+                         "or choose another --out")
+    pieces = batches(documents(source, config), characters=2**20)
+    # A source that is not there says so here, before any folder is made.
+    pieces = itertools.chain([next(pieces)], pieces)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        meta = write_shards(pieces, source, partial, tokenizer, tokens) | {"config": config}
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"prepared {folder} | {meta['train_tokens']:,} training and {meta['val_tokens']:,} "
+          f"held-out tokens of {meta['documents']:,} documents | {tokenizer.name} tokenizer, "
+          f"vocabulary {tokenizer.vocab_size:,}")
+    return meta
+
+
+def write_shards(pieces, source, folder, tokenizer, tokens):
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    train, val = Shards(folder, "train", dtype), Shards(folder, "val", dtype, numbered=False)
+    number_of_documents = 0
+    with tqdm(total=tokens, unit=" tokens", unit_scale=True, desc=f"prepare {source}",
+              mininterval=0.5) as bar:
+        for batch in pieces:
+            texts = [text for text, _ in batch]
+            for ids, (_, ends) in zip(tokenizer.encode_batch(texts), batch, strict=True):
+                held_out = val.tokens < min(HELD_OUT * (train.tokens + val.tokens), HELD_OUT_MOST)
+                (val if held_out else train).write(ids + [tokenizer.eot] * ends)
+                number_of_documents += ends
+            bar.update(train.tokens - bar.n)
+            if tokens and train.tokens >= tokens:
+                break
+    train.close()
+    val.close()
+    if not train.tokens or not val.tokens:
+        raise UsageError(f"{source} is too short: {train.tokens:,} training and "
+                         f"{val.tokens:,} held-out tokens")
+    return {"source": str(source), "tokenizer": tokenizer.name,
+            "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size,
+            "eot": tokenizer.eot, "dtype": np.dtype(dtype).name,
+            "documents": number_of_documents, "train_tokens": train.tokens,
+            "val_tokens": val.tokens, "train": train.shards, "val": val.shards}
+
+
+def batches(pieces, characters):
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+# -----------------------------------------------------------------------------
+# shards -> batches
+
+class Tokens:
+    """The tokens of one split of a prepared folder, memory-mapped and checked against meta.json.
+
+    batch(at, B, L)  -> (B, L + 1) int64: windows at ... at + B - 1 of the shuffled stream,
+                        a pure function of (seed, at)
+    windows(n, L)    -> (n, L + 1) int64: n windows spread evenly over the split, always the same
+    A window has L + 1 tokens, so that tokens[:, :-1] go in and tokens[:, 1:] are what comes next.
+    """
+
+    def __init__(self, folder, split="train", seed=0):
+        folder, self.seed = Path(folder), seed
+        if not (folder / "meta.json").is_file():
+            raise UsageError(f"no prepared data in {folder} (no meta.json): run prepare.py")
+        self.meta = json.loads((folder / "meta.json").read_text())
+        self.dtype, self.shards = np.dtype(self.meta["dtype"]), []
+        for name, shard in self.meta[split].items():
+            path = folder / name
+            have = path.stat().st_size if path.exists() else -1
+            want = shard["tokens"] * self.dtype.itemsize
+            if have != want:
+                raise UsageError(f"{path} has {have:,} bytes, not the {want:,} that meta.json "
+                                 f"records: delete {folder} and prepare it again")
+            data = np.memmap(path, dtype=self.dtype, mode="r")
+            parts = (data[i:i + 2**24] for i in range(0, len(data), 2**24))
+            if functools.reduce(lambda c, part: zlib.crc32(part, c), parts, 0) != shard["crc32"]:
+                raise UsageError(f"{path} is damaged (its checksum differs): "
+                                 f"delete {folder} and prepare it again")
+            self.shards.append(data)
+        self.permutations = {}
+
+    def __len__(self):
+        return sum(map(len, self.shards))
+
+    def _starts(self, L):
+        """Shard and offset of every window of L + 1 tokens.
+
+        Neighbours share one token, so none is lost as an input.
+        """
+        counts = [max(0, (len(shard) - 1) // L) for shard in self.shards]
+        if not sum(counts):
+            raise UsageError(f"the data has {len(self):,} tokens, "
+                             f"too few for one window of {L + 1}")
+        return np.cumsum([0, *counts])
+
+    def _window(self, i, starts, L):
+        shard = int(np.searchsorted(starts, i, side="right")) - 1
+        start = (i - starts[shard]) * L
+        return self.shards[shard][start:start + L + 1].astype(np.int64)
+
+    def batch(self, at, B, L):
+        starts, rows = self._starts(L), []
+        for position in range(at, at + B):
+            epoch, i = divmod(position, int(starts[-1]))
+            if (epoch, L) not in self.permutations:
+                order = np.random.default_rng((self.seed, epoch)).permutation(starts[-1])
+                self.permutations = {(epoch, L): order}       # one epoch's order is kept, not all
+            rows.append(self._window(self.permutations[epoch, L][i], starts, L))
+        return torch.from_numpy(np.stack(rows))               # (B, L + 1)
+
+    def windows(self, n, L):
+        starts = self._starts(L)
+        chosen = np.linspace(0, starts[-1] - 1, min(n, int(starts[-1]))).astype(int)
+        rows = [self._window(i, starts, L) for i in chosen]
+        return torch.from_numpy(np.stack(rows))               # (n, L + 1)
+
+
+def data_folder(source, tokenizer):
+    """Where prepared data is: `source` if it is such a folder, else data/<source>-<tokenizer>."""
+    if (Path(source) / "meta.json").is_file():
+        return Path(source)
+    slug = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(source).expanduser().name)
+    return Path("data") / f"{slug}-{Path(tokenizer.name).stem}"
+
+
+def load_or_prepare(source, tokenizer, config=None, tokens=None):
+    """-> the prepared folder of `source` in the tokens of `tokenizer`, made now if not there yet.
+
+    tokens: how much of a hub data set to take; files are always taken whole.
+    """
+    folder = data_folder(source, tokenizer)
+    if not folder.exists():
+        local = source == "stdlib" or Path(source).expanduser().exists()
+        prepare(source, folder, tokenizer, config, None if local else tokens)
+    meta = Tokens(folder, "val").meta
+    if meta["fingerprint"] != tokenizer.fingerprint:
+        raise UsageError(f"{folder} holds {meta['tokenizer']} tokens of a "
+                         f"{meta['vocab_size']:,}-word vocabulary, but the teacher reads "
+                         f"{tokenizer.name} ({tokenizer.vocab_size:,}): prepare it with --teacher")
+    if folder != Path(source) and (meta["source"], meta["config"]) != (str(source), config):
+        raise UsageError(f"{folder} was made from {meta['source']}, not from {source}: "
+                         "rename one of them")
+    return folder
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="stdlib",
+                        help="stdlib, a file or folder, or a Hugging Face id [%(default)s]")
+    parser.add_argument("--config", help="which part of a Hugging Face data set, such as en for C4")
+    parser.add_argument("--teacher", default="tiny", help="whose tokenizer to use [%(default)s]")
+    parser.add_argument("--tokens", type=count,
+                        help="stop after this many training tokens [all there are]")
+    parser.add_argument("--out", help="folder to write [data/<data>-<tokenizer>]")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    tokenizer = Tokenizer(args.teacher)
+    folder = args.out or data_folder(args.data, tokenizer)
+    prepare(args.data, folder, tokenizer, args.config, args.tokens)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
