@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from model_ssm import SSM, UsageError
 from model_teacher import TINY, Teacher, compare, train_tiny
-from prepare import Tokenizer, Tokens, count, load_or_prepare
+from prepare import Parser, Tokenizer, Tokens, count, load_or_prepare, run_program
 from ssd_kernel import orientation_loss
 
 LOGITS_AT_ONCE = 2**26      # entries of a (tokens, V) map that stage 3 makes at once, in fp32
@@ -105,12 +105,12 @@ PRESETS = {  # one value for each stage, or one for all
         warmup=0.1, decay=0.1, context=2048, micro_batch=8),
     "smollm2": dict(
         teacher="smollm2", data=None, config=None, init="qkv",
-        tokens=(20e3, 80e3, 100e3), batch=(1024,), lr=(1e-3, 2e-3, 5e-4),
-        warmup=0.1, decay=0.5, context=256, micro_batch=4),
+        tokens=(20e3, 60e3, 40e3), batch=(256,), lr=(1e-3, 1e-3, 5e-4),
+        warmup=0.1, decay=0.7, context=256, micro_batch=4),
     "tiny": dict(
         teacher="tiny", data="stdlib", config=None, init="qkv",
-        tokens=(0.1e6, 0.7e6, 1.2e6), batch=(2048,), lr=(2e-3, 4e-3, 4e-3),
-        warmup=0.1, decay=0.5, context=256, micro_batch=8),
+        tokens=(0.05e6, 0.3e6, 0.85e6), batch=(256,), lr=(2e-3, 3e-3, 1e-3),
+        warmup=0.1, decay=0.7, context=256, micro_batch=8),
 }
 
 
@@ -162,7 +162,7 @@ def train(name, losses, parts, student, teacher, data, at, run, plan):
         # tell ------------------------------------------------------------
         seen, seconds = (step + 1) * plan.batch, time.perf_counter() - start
         bar.update(plan.batch)
-        bar.set_postfix_str(f"loss {loss:.4f}")
+        bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         run.log({"stage": name, "step": step + 1, "loss": loss, "left": left, "lr": lr,
                  "gnorm": gnorm, "tokens": seen, "tok_s": seen / seconds})
         if (step + 1) % max(1, steps // 8) == 0 or step + 1 == steps:
@@ -242,7 +242,10 @@ class Run:
 
     def __init__(self, args):
         self.args, self.folder = args, Path(args.out or f"out/{args.preset}")
-        self.device, self.autocast = choose_device(args.device)
+        self.device, bf16, why = choose_device(args.device)
+        self.autocast = lambda: torch.autocast(self.device, torch.bfloat16, enabled=bf16)
+        print(f"device {self.device} ({why}) | weights and stage 1 in fp32, stages 2 and 3 "
+              f"{'autocast to bf16' if bf16 else 'in fp32'} | SSD in PyTorch, chunked")
 
     def open_log(self, stages):
         """Lines of other stages stay: a student distilled stage by stage has one log."""
@@ -272,7 +275,7 @@ class Run:
 
 
 def choose_device(asked):
-    """-> device, and a function that gives the context to compute stages 2 and 3 in."""
+    """-> the device, whether it is good at bf16, and why we think so"""
     device = asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         bf16, why = torch.cuda.is_bf16_supported(), torch.cuda.get_device_name()
@@ -282,9 +285,7 @@ def choose_device(asked):
                                     or torch.cpu._is_avx512_bf16_supported())
         why = (f"{torch.get_num_threads()} threads, "
                f"{'with' if bf16 else 'without'} bf16 matrix instructions")
-    print(f"device {device} ({why}) | weights and stage 1 in fp32, stages 2 and 3 "
-          f"{'autocast to bf16' if bf16 else 'in fp32'} | SSD in PyTorch, chunked")
-    return device, lambda: torch.autocast(device, torch.bfloat16, enabled=bf16)
+    return device, bf16, why
 
 
 def starting_student(stage, run, teacher, previous):
@@ -341,8 +342,8 @@ def main(arguments=None):
     data, held_out = Tokens(data_folder, "train", args.seed), Tokens(data_folder, "val")
     if args.teacher == "tiny" and not TINY.exists():
         run.open_log(["teacher"])
-        train_tiny(Tokens(data_folder, "train", seed=1234), tokenizer, run.autocast, run.log,
-                   args.teacher_tokens)
+        train_tiny(Tokens(data_folder, "train", seed=0), tokenizer, run.log, args.teacher_tokens,
+                   run.device, run.autocast)
     teacher = Teacher.load(args.teacher, run.device,
                            torch.bfloat16 if run.device == "cuda" else torch.float32)
     if teacher.config.vocab_size < tokenizer.vocab_size:
@@ -425,8 +426,7 @@ def report(run, rows):
 
 def parse(arguments=None):
     """-> the arguments, with plans = {stage: tokens, batch, lr}; UsageError if they do not fit."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="a whole recipe [phi where CUDA is, else tiny]")
     add("--stage", type=int, nargs="+", default=[1, 2, 3], help="stages to run [1 2 3]")
@@ -496,11 +496,4 @@ def pick(name, values, n, of):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped: the stages that were saved are kept", file=sys.stderr)
-        sys.exit(130)
+    run_program(main)

@@ -14,10 +14,8 @@ Three distances for each layer, as shares of the teacher's own answer (silence w
 
 It leaves out: benchmarks and speed.
 """
-import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -25,7 +23,7 @@ import torch
 from distill import blocks, choose_device, matrices
 from model_ssm import SSM, UsageError
 from model_teacher import Teacher, compare
-from prepare import Tokenizer, Tokens, count
+from prepare import Parser, Tokenizer, Tokens, count, run_program
 
 
 def open_run(path, stage=None):
@@ -104,12 +102,12 @@ def picture(path, teacher, students, tokens, heads, title):
     size = (2.1 * len(heads) + 0.9, 2.1 * len(models) + 0.5)
     figure, axes = plt.subplots(len(models), len(heads), figsize=size, squeeze=False,
                                 layout="constrained")
-    for row, (name, model) in zip(axes, models.items(), strict=True):
+    for n, (row, (name, model)) in enumerate(zip(axes, models.items(), strict=True)):
         for axis, matrix, (layer, head) in zip(row, matrices_of(model), heads, strict=True):
             image = axis.imshow(matrix.clamp_min(1e-3), cmap="magma",
                                 norm=matplotlib.colors.LogNorm(1e-3, 1))
             axis.set(xticks=[], yticks=[])
-            if row is axes[0]:
+            if n == 0:
                 axis.set_title(f"layer {layer}, head {head}", fontsize=9)
         row[0].set_ylabel(name, fontsize=9)
     figure.suptitle(title, fontsize=10)
@@ -122,7 +120,7 @@ def picture(path, teacher, students, tokens, heads, title):
 def main(arguments=None):
     args = parse(arguments)
     about, run, folder = open_run(args.run, args.stage)
-    device, _ = choose_device(args.device)
+    device = choose_device(args.device)[0]
     teacher = Teacher.load(args.teacher or about["teacher"], device)
     student = SSM.from_pretrained(folder).to(device).eval()
     print(f"student {folder} | {student.loaded}")
@@ -171,8 +169,7 @@ def main(arguments=None):
 
 
 def parse(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("run", help="a run folder such as out/tiny, or one of its stage folders")
     add("--stage", type=int, choices=(1, 2, 3), help="which student of the run [the last]")
@@ -191,8 +188,4 @@ def parse(arguments=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_program(main)

@@ -444,29 +444,23 @@ class SSM(nn.Module):
 
         Strict: all or nothing.
         """
-        name = str(name)
-        if (Path(name) / "config.json").is_file():
-            folder = Path(name)
-            files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
-        elif Path(name).exists() or name.count("/") != 1:
+        folder = Path(name)
+        if not folder.exists() and str(name).count("/") == 1:
+            folder = from_hub(str(name))
+        if not (folder / "config.json").is_file():
             raise UsageError(f"no model in {name}: there is no config.json")
-        else:
-            folder, files = from_hub(name)
         student = cls(read_config(json.loads((folder / "config.json").read_text())))
-        file = next((file for file in files if file.is_file()), None)
-        if file is None:
-            raise UsageError(f"{folder} has a config.json but no model.safetensors")
+        file, bin = folder / "model.safetensors", folder / "pytorch_model.bin"
         try:
-            weights = (load_file(file) if file.suffix == ".safetensors"
-                       else torch.load(file, weights_only=True))
+            weights = load_file(file) if file.exists() else torch.load(bin, weights_only=True)
         except Exception as error:                  # a cut or damaged file fails in many ways
-            raise UsageError(f"{file} cannot be read, it may be cut short: {error}") from error
+            raise UsageError(f"{file} is missing, damaged or cut short: {error}") from error
         if student.config.tie_embeddings:
             weights["lm_head.weight"] = weights["backbone.embedding.weight"]
         ours = {name: w.shape for name, w in student.state_dict().items()}
         theirs = {name: w.shape for name, w in weights.items()}
         if wrong := sorted({name for name, shape in ours.items() ^ theirs.items()}):
-            raise UsageError(f"{file} does not fit its config.json: "
+            raise UsageError(f"the weights in {folder} do not fit its config.json: "
                              f"{len(wrong)} tensors differ, first {wrong[0]}")
         student.load_state_dict(weights, strict=True)
         student.loaded = f"{len(weights)} tensors loaded, none missing, none left over"
@@ -487,8 +481,11 @@ class SSM(nn.Module):
         save_file(weights, partial / "model.safetensors")
         config = write_config(self.config) | {"about": about}
         (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
+        replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
+        if folder.exists():                         # at no moment is there half a folder
+            folder.rename(replaced)
         partial.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def sample(logits, temperature, top_k, generator):
@@ -521,13 +518,12 @@ def ask_hub():
 def from_hub(name):
     from huggingface_hub import snapshot_download
     ask_hub()
+    files = ["config.json", "model.safetensors", "pytorch_model.bin"]
     try:
-        folder = snapshot_download(
-            name, allow_patterns=["config.json", "model.safetensors", "pytorch_model.bin"])
+        return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:                      # the hub client raises a dozen unrelated types
         raise UsageError(f"no folder {name} here, and the hub does not give it: "
                          f"{str(error).splitlines()[0]}") from error
-    return Path(folder), [Path(folder) / "model.safetensors", Path(folder) / "pytorch_model.bin"]
 
 
 # -----------------------------------------------------------------------------
@@ -638,35 +634,29 @@ def write_config(config):
 def read_config(file):
     """config.json as a dict -> Config; what is not said is Phi-1.5's, as in the published code."""
     try:
-        language, mixer = file["LanguageModel"]["input"], file["MixerModel"]["input"]
-        # file order is layer order
+        language, model = file["LanguageModel"]["input"], file["MixerModel"]["input"]
         blocks = [block for name, block in file.items() if name.startswith("Block")]
         kinds = [block["CoreType"] for block in blocks for _ in range(block["n_layers"])]
         multiple = language.get("pad_vocab_size_multiple", 8)
         shapes = {"vocab_size": -(-language["vocab_size"] // multiple) * multiple,
-                  "d_model": mixer["d_model"], "n_layer": mixer["n_layer"],
+                  "d_model": model["d_model"], "n_layer": len(kinds), "d_mlp": 4 * model["d_model"],
                   "attn_layers": tuple(i for i, kind in enumerate(kinds) if kind == ATTENTION)}
-        if len(kinds) != mixer["n_layer"] or set(kinds) - {MAMBA, ATTENTION}:
-            raise UsageError(f"config.json describes {len(kinds)} layers of {set(kinds)}, "
-                             f"of {mixer['n_layer']}")
-        core = next((block["core_input"] for block in blocks if block["CoreType"] == MAMBA), None)
-        shapes["d_mlp"] = 4 * mixer["d_model"]
-        if core:
-            if core["activation"] != "identity" or core["bias"] or not core["conv_bias"]:
-                raise UsageError("config.json asks for a mixer with an activation or a bias "
-                                 "that this one does not have")
-            shapes |= {"d_state": core["d_state"],
-                       "n_head": core["n_v_heads"], "n_qk_head": core["n_qk_heads"],
-                       "d_conv": core["d_conv"],
-                       "head_dim": round(mixer["d_model"] * core["expand"]) // core["n_v_heads"]}
-            shapes |= {"n_kv_head": shapes["n_head"],
-                       "inv_freq": phi_frequencies(shapes["head_dim"])}
+        for core in [block["core_input"] for block in blocks if block["CoreType"] == MAMBA][:1]:
+            H = core["n_v_heads"]
+            P = round(model["d_model"] * core["expand"]) // H
+            shapes |= {"d_state": core["d_state"], "n_head": H, "n_qk_head": core["n_qk_heads"],
+                       "d_conv": core["d_conv"], "head_dim": P, "n_kv_head": H,
+                       "inv_freq": phi_frequencies(P)}
+            if (core["activation"], core["bias"], core["conv_bias"]) != ("identity", False, True):
+                raise UsageError("config.json asks for a mixer with an activation or with other "
+                                 "biases than this one has")
     except (KeyError, TypeError) as error:
         raise UsageError("config.json is not one of this project's or of Phi-Mamba's: "
                          f"{error} is missing") from error
     shapes |= file.get("shapes", {})
-    known = {field.name for field in fields(Config)}
-    if set(shapes) - known:
-        raise UsageError(f"config.json has an unknown shape: {sorted(set(shapes) - known)[0]}")
+    unknown = sorted(set(shapes) - {field.name for field in fields(Config)})
+    if unknown or set(kinds) - {MAMBA, ATTENTION} or len(kinds) != model["n_layer"]:
+        raise UsageError("config.json is not one of this project's or of Phi-Mamba's: it has "
+                         f"{len(kinds)} of {model['n_layer']} layers, {set(kinds)}, {unknown}")
     return Config(**{name: tuple(value) if isinstance(value, list) else value
                      for name, value in shapes.items()})

@@ -18,6 +18,7 @@ and answers the same questions in the same words as the student, see SSM in mode
 
 It leaves out: encoders, mixtures of experts, and attention that is not softmax(q k^T scale) v.
 """
+import contextlib
 import hashlib
 import importlib.util
 import time
@@ -239,14 +240,13 @@ def compare(model, teacher, windows):
 # -----------------------------------------------------------------------------
 # the tiny teacher
 
-def train_tiny(data, tokenizer, autocast, log, tokens,
+def train_tiny(data, tokenizer, log, tokens, device="cpu", autocast=contextlib.nullcontext,
                folder=TINY, lr=3e-3, batch=8, context=256, seed=0):
     """Train a Phi of about two million parameters on `data` and save it as a Hugging Face folder.
 
     Next-token loss, AdamW (0.9, 0.95), weight decay 0.1, 5% warm-up, then linearly down to zero.
-    data: prepare.Tokens
+    data: prepare.Tokens   log: called with a dict per logged step
     autocast: a function that gives the context to compute in
-    log: called with a dict per logged step
     """
     torch.manual_seed(seed)
     config = PhiConfig(vocab_size=tokenizer.vocab_size, hidden_size=192, intermediate_size=768,
@@ -254,7 +254,7 @@ def train_tiny(data, tokenizer, autocast, log, tokens,
                        hidden_act="gelu_pytorch_tanh",
                        bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot,
                        resid_pdrop=0.0, embd_pdrop=0.0)
-    model = PhiForCausalLM(config)
+    model = PhiForCausalLM(config).to(device)
     model.set_attn_implementation("caught")
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
@@ -265,7 +265,7 @@ def train_tiny(data, tokenizer, autocast, log, tokens,
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / (0.05 * steps), (steps - step) / (0.95 * steps))
-        window = data.batch(step * batch, batch, context)                           # (B, L + 1)
+        window = data.batch(step * batch, batch, context).to(device)                # (B, L + 1)
         with autocast():
             logits = model(window[:, :-1], use_cache=False).logits                  # (B, L, V)
         loss = F.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
@@ -275,9 +275,10 @@ def train_tiny(data, tokenizer, autocast, log, tokens,
         optimizer.zero_grad()
         if step % 10 == 9 or step == steps - 1:
             speed = (step + 1) * batch * context / (time.perf_counter() - start)
-            bar.set_postfix_str(f"loss {loss.item():.3f} nats/byte, {speed:,.0f} tok/s")
+            bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tok/s", refresh=False)
             log({"stage": "teacher", "step": step + 1, "loss": loss.item(), "tok_s": speed})
     partial = folder.with_name(f".{folder.name}.partial")
+    transformers_logging.disable_progress_bar()
     model.save_pretrained(partial)
     byte_tokenizer(tokenizer.eot).save_pretrained(partial)
     if folder.exists():

@@ -415,16 +415,39 @@ def load_or_prepare(source, tokenizer, config=None, tokens=None):
     return folder
 
 
+# -----------------------------------------------------------------------------
+# the command line, here and in distill.py and eval.py
+
+class Parser(argparse.ArgumentParser):
+    """-h shows the header of the file, as typed; a wrong flag is one line, as every mistake is."""
+
+    def __init__(self, header):
+        super().__init__(description=header, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UsageError(f"{message} (python {self.prog} -h lists the flags)")
+
+
+def run_program(main):
+    """main(), where what the user can mend is one line and exit code 2."""
+    try:
+        main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; what was saved is kept", file=sys.stderr)
+        sys.exit(130)
+
+
 def parse(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="stdlib",
-                        help="stdlib, a file or folder, or a Hugging Face id [%(default)s]")
-    parser.add_argument("--config", help="which part of a Hugging Face data set, such as en for C4")
-    parser.add_argument("--teacher", default="tiny", help="whose tokenizer to use [%(default)s]")
-    parser.add_argument("--tokens", type=count,
-                        help="stop after this many training tokens [all there are]")
-    parser.add_argument("--out", help="folder to write [data/<data>-<tokenizer>]")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--data", default="stdlib", help="stdlib, a file or folder, or a Hugging Face id [stdlib]")
+    add("--config", help="which part of a Hugging Face data set, such as en for C4")
+    add("--teacher", default="tiny", help="whose tokenizer to use [%(default)s]")
+    add("--tokens", type=count, help="stop after this many training tokens [all there are]")
+    add("--out", help="folder to write [data/<data>-<tokenizer>]")
     return parser.parse_args(arguments)
 
 
@@ -436,8 +459,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_program(main)

@@ -534,9 +534,8 @@ def test_compare_is_the_textbook_formula():
 
 def test_the_tiny_teacher_learns_and_is_an_ordinary_folder(tmp_path, data_folder):
     events, tokenizer = [], Tokenizer("bytes")
-    model_teacher.train_tiny(Tokens(data_folder), tokenizer,
-                             lambda: torch.autocast("cpu", enabled=False), events.append,
-                             tokens=40 * 512, folder=tmp_path / "teacher", batch=8, context=64)
+    model_teacher.train_tiny(Tokens(data_folder), tokenizer, events.append, tokens=40 * 512,
+                             folder=tmp_path / "teacher", batch=8, context=64)
     assert events[-1]["loss"] < events[0]["loss"] - 0.2 < math.log(257) - 0.2
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
     assert isinstance(stock, transformers.PhiForCausalLM) and 1.5e6 < stock.num_parameters() < 2.5e6
@@ -950,8 +949,8 @@ def test_data_in_the_tokens_of_another_tokenizer_is_refused(tmp_path, teacher_fo
 
 
 def test_a_mistake_on_the_command_line_exits_with_2_and_one_line(tmp_path):
-    for command in ("distill.py --preset tiny --tokens 10", "prepare.py --data ./nowhere",
-                    "eval.py ./nowhere"):
+    for command in ("distill.py --preset tiny --tokens 10", "distill.py --stage one",
+                    "prepare.py --data ./nowhere", "prepare.py --tokens 3.5", "eval.py ./nowhere"):
         program, *rest = command.split()
         done = subprocess.run([sys.executable, str(HERE / program), *rest], cwd=tmp_path,
                               capture_output=True, text=True)
