@@ -102,15 +102,15 @@ PRESETS = {  # one value for each stage, or one for all
     "phi": dict(
         teacher="microsoft/phi-1_5", data="allenai/c4", config="en", init="mohawk",
         tokens=PAPER_TOKENS, batch=(2**15, 2**15, 2**19), lr=(5e-4, 2e-3, 5e-4),
-        warmup=0.1, decay=0.1, context=2048, micro_batch=8),
+        warmup=0.1, decay=0.1, context=2048, micro_batch=8, eval_tokens=2**19),
     "smollm2": dict(
         teacher="smollm2", data=None, config=None, init="qkv",
-        tokens=(20e3, 60e3, 40e3), batch=(256,), lr=(1e-3, 1e-3, 5e-4),
-        warmup=0.1, decay=0.7, context=256, micro_batch=4),
+        tokens=(10e3, 60e3, 40e3), batch=(256,), lr=(1e-3, 1e-3, 5e-4),
+        warmup=0.1, decay=0.7, context=256, micro_batch=4, eval_tokens=2**13),
     "tiny": dict(
         teacher="tiny", data="stdlib", config=None, init="qkv",
         tokens=(0.05e6, 0.3e6, 0.85e6), batch=(256,), lr=(2e-3, 3e-3, 1e-3),
-        warmup=0.1, decay=0.7, context=256, micro_batch=8),
+        warmup=0.1, decay=0.7, context=256, micro_batch=8, eval_tokens=2**17),
 }
 
 
@@ -452,7 +452,7 @@ def parse(arguments=None):
     add("--seed", type=int, default=0, help="of new weights and of data order [%(default)s]")
     add("--device", default="auto", help="cuda, cpu or mps [%(default)s]")
     # to compare with
-    add("--eval_tokens", type=count, default=2**17, help="held-out tokens to read [%(default)s]")
+    add("--eval_tokens", type=count, help="held-out tokens to read")
     add("--controls", action="store_true", help="also stage 3 alone, and no teacher at all")
     add("--control_lr", type=float, help="their learning rate [the last stage's]")
     add("--teacher_tokens", type=count, default=4 * 10**6, help="for the tiny one [%(default)s]")

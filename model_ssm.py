@@ -561,12 +561,9 @@ def rename(name):
     ('backbone.final_layernorm.weight', 'lm_head.weight')
     """
     for theirs, ours in (("model.embed_tokens.", "backbone.embedding."),
-                         ("model.norm.", "backbone.final_layernorm."),
-                         ("model.", "backbone."),
-                         (".o_proj.", ".dense."),
-                         (".self_attn.", ".mixer.self_attn.")):
-        name = ours + name[len(theirs):] if name.startswith(theirs) else name
-        name = name.replace(theirs, ours) if theirs.startswith(".") else name
+                         ("model.norm.", "backbone.final_layernorm."), ("model.", "backbone."),
+                         (".o_proj.", ".dense."), (".self_attn.", ".mixer.self_attn.")):
+        name = name.replace(theirs, ours)
     return name
 
 
