@@ -129,7 +129,8 @@ def main(arguments=None):
                          f"{teacher.name} {teacher.config.vocab_size:,}: they cannot be compared")
     tokenizer = Tokenizer(about["arguments"]["teacher"])
     context = args.context or about["arguments"]["context"]
-    windows = Tokens(about["data"], "val").windows(max(1, args.eval_tokens // context), context)
+    eval_tokens = args.eval_tokens or about["arguments"]["eval_tokens"]
+    windows = Tokens(about["data"], "val").windows(max(1, eval_tokens // context), context)
 
     print(f"\non {windows[:, 1:].numel():,} held-out tokens in windows of {context}, in fp32:\n")
     print("| model   | val loss |    ppl |     KL |  top-1 |\n"
@@ -175,7 +176,7 @@ def parse(arguments=None):
     add("--stage", type=int, choices=(1, 2, 3), help="which student of the run [the last]")
     add("--teacher", help="another name for the run's teacher, if it has moved")
     add("--context", type=int, help="tokens per window [as in training]")
-    add("--eval_tokens", type=count, default=2**16, help="held-out tokens to read [%(default)s]")
+    add("--eval_tokens", type=count, help="held-out tokens to read [as in training]")
     add("--prompt", default="def ", help="where both models go on from [%(default)r]")
     add("--length", type=int, default=300, help="tokens to generate [%(default)s]")
     add("--temperature", type=float, default=0.7, help="0 is greedy [%(default)s]")
