@@ -410,7 +410,7 @@ def report(run, rows):
              f"|{'-' * 14}|{'-' * 10}|{'-' * 8}|{'-' * 8}|{'-' * 8}|{'-' * 15}|{'-' * 9}|"]
     for name, row in rows.items():
         spent = f"{row['tokens']:13,} | {row['seconds']:7.0f}" if "tokens" in row else f"{'':13} | "
-        table.append(f"| {name:<12} | {row['loss']:8.4f} | {math.exp(row['loss']):6.4g} | "
+        table.append(f"| {name:<12} | {row['loss']:8.4f} | {math.exp(min(row['loss'], 20)):6.2f} | "
                      f"{row['kl']:6.4f} | {row['top1']:6.1%} | {spent:<23} |")
     (run.folder / "report.md").write_text("\n".join(table) + "\n")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin"
