@@ -47,6 +47,11 @@ class UsageError(Exception):
     """Something the user can mend. The programs print it as one line and leave with exit code 2."""
 
 
+def first_line(error):
+    """What another library's error says, short enough for a line of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def phi_frequencies(head_dim):
     """Phi's rotary embedding: base 10,000 over the first half of a head's channels.
 
@@ -454,7 +459,8 @@ class SSM(nn.Module):
         try:
             weights = load_file(file) if file.exists() else torch.load(bin, weights_only=True)
         except Exception as error:                  # a cut or damaged file fails in many ways
-            raise UsageError(f"{file} is missing, damaged or cut short: {error}") from error
+            raise UsageError(f"{file} is missing, damaged or cut short: "
+                             f"{first_line(error)}") from error
         if student.config.tie_embeddings:
             weights["lm_head.weight"] = weights["backbone.embedding.weight"]
         ours = {name: w.shape for name, w in student.state_dict().items()}
@@ -523,7 +529,7 @@ def from_hub(name):
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:                      # the hub client raises a dozen unrelated types
         raise UsageError(f"no folder {name} here, and the hub does not give it: "
-                         f"{str(error).splitlines()[0]}") from error
+                         f"{first_line(error)}") from error
 
 
 # -----------------------------------------------------------------------------

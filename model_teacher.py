@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from model_ssm import UsageError, ask_hub, sample
+from model_ssm import UsageError, ask_hub, first_line, sample
 
 FAMILIES = ("phi", "llama", "mistral", "qwen2", "qwen3")
 TINY = Path("out/tiny-teacher")
@@ -119,8 +119,7 @@ class Teacher:
             model, info = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, output_loading_info=True, **options)
         except Exception as error:                  # the hub client raises a dozen unrelated types
-            raise UsageError(f"cannot load the teacher {name}: "
-                             f"{str(error).strip().splitlines()[0][:200]} "
+            raise UsageError(f"cannot load the teacher {name}: {first_line(error)} "
                              "(with no network: python distill.py --preset tiny)") from error
         wrong = (sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
                  + sorted(info["mismatched_keys"]))

@@ -38,7 +38,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from model_ssm import UsageError, ask_hub
+from model_ssm import UsageError, ask_hub, first_line
 from model_teacher import find
 
 END_OF_TEXT = "<|endoftext|>"
@@ -120,10 +120,6 @@ class Tokenizer:
 
     def encode(self, text):
         return self.encode_batch([text])[0]
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 # -----------------------------------------------------------------------------
