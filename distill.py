@@ -109,7 +109,7 @@ PRESETS = {  # one value for each stage, or one for all
         warmup=0.1, decay=0.7, context=256, micro_batch=4, eval_tokens=2**13),
     "tiny": dict(
         teacher="tiny", data="stdlib", config=None, init="qkv",
-        tokens=(0.05e6, 0.3e6, 0.85e6), batch=(256,), lr=(2e-3, 3e-3, 1e-3),
+        tokens=(0.05e6, 0.3e6, 0.85e6), batch=(256,), lr=(2e-3, 4e-3, 1e-3),
         warmup=0.1, decay=0.7, context=256, micro_batch=8, eval_tokens=2**17),
 }
 

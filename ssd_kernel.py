@@ -1,6 +1,6 @@
 """The SSD operator: what attention becomes when its memory must fit in one matrix.
 
-Run:  python ssd_kernel.py          # times the forms below, here, on whatever this machine has
+Run:  python ssd_kernel.py          # times the forms below, and their peers, on this machine
 
 ssd(q, k, v, a) stands beside scaled_dot_product_attention(q, k, v). Both compute y = M v, M lower
 triangular:
@@ -16,6 +16,7 @@ y can be had both ways is the duality of [1]. Each form here is tested against t
     ssd_recurrent   the definition, token by token                         O(L) steps
     ssd_naive       M in full: masked attention with a decay               O(L^2) memory
     ssd_chunked     M in full inside chunks, the recurrence between them   O(L), all matrix products
+    ssd_triton      the same in one kernel, for GPUs: nothing but q k v a and y touches memory
     ssd_step        one token of the recurrence, for generation
 
 Names, here and in the whole project. Capitals are sizes, small letters tensors; i asks, j is asked:
@@ -32,36 +33,57 @@ Names, here and in the whole project. Capitals are sizes, small letters tensors;
 B batch, L length, D model width, H heads, G groups of heads that share q and k (G divides H),
 N state (key) width, P head (value) width, Q chunk length, V vocabulary.
 
-It leaves out: GPU kernels of its own. On a GPU the chunked form runs, through torch's matrix
-products.
+It leaves out: second derivatives, and head widths other than 16, 32, 64 and 128 on a GPU, where
+the chunked form runs instead.
 
 [1] Mamba-2, arXiv 2405.21060    [2] MOHAWK, arXiv 2408.10189
 """
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
 import math
+import os
 import time
 
 import torch
 from torch.autograd.function import once_differentiable
 
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit
+except ImportError:                     # not on this platform: the forms in PyTorch need none of it
+    triton, jit = None, lambda function: function
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 # orientation_loss looks at so many entries of M at once: 4 MB in fp32, which a cache holds.
 TILE = 2**20
+STRETCH = 2**18                         # and ssd_chunked at so many of q, k or v
 
 
-def ssd(q, k, v, a, initial_state=None, return_final_state=False, backend="auto"):
+def ssd(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_state=False,
+        backend="auto"):
     """y = M v, with M[i,j] = (q_i . k_j) e^(a_(j+1) + ... + a_i) for j <= i, else 0 ([1] eq. 6).
 
     q, k (B, L, G, N)   v (B, L, H, P)   a (B, L, H), log decay, <= 0
     initial_state (B, H, N, P), zeros if None
+    cu_seqlens (n + 1) whole numbers from 0 to L: n documents packed in each row, the state restarts
+    at each boundary; states are then (B, n, H, N, P)
     -> y (B, L, H, P) in v's dtype, or (y, final state), the state in fp32 (fp64 for fp64 inputs).
     Differentiable in every tensor. Any L >= 1. Raises ValueError for shapes that do not fit.
     """
-    check(q, k, v, a, initial_state)
+    check(q, k, v, a, initial_state, cu_seqlens)
     if backend == "auto":
         one_chunk = v.shape[1] <= chunk_length(v.shape[-1])             # plain masked attention
-        backend = "naive" if one_chunk else "chunked"
+        backend = ("triton" if v.is_cuda and not not_for_triton(v, q.shape[-1])
+                   else "naive" if one_chunk else "chunked")
     if backend not in BACKENDS:
         raise ValueError(f"no SSD backend {backend!r}: choose auto or one of {', '.join(BACKENDS)}")
-    return BACKENDS[backend](q, k, v, a, initial_state, return_final_state)
+    return BACKENDS[backend](q, k, v, a, initial_state, cu_seqlens, return_final_state)
 
 
 def chunk_length(P):
@@ -69,14 +91,39 @@ def chunk_length(P):
     return 32 if P <= 32 else 64
 
 
-def check(q, k, v, a, S):
+def check(q, k, v, a, S, cu):
     (B, L, H, P), (G, N) = v.shape, q.shape[2:]
     if q.shape != (B, L, G, N) or k.shape != q.shape or a.shape != (B, L, H) or H % G or L < 1:
         raise ValueError("ssd needs q, k (B, L, G, N), v (B, L, H, P), a (B, L, H) and G "
                          f"dividing H; got q {tuple(q.shape)}, k {tuple(k.shape)}, "
                          f"v {tuple(v.shape)}, a {tuple(a.shape)}")
-    if S is not None and S.shape != (B, H, N, P):
-        raise ValueError(f"ssd needs a state of shape {(B, H, N, P)}, got {tuple(S.shape)}")
+    shape = (B, H, N, P) if cu is None else (B, len(cu) - 1, H, N, P)
+    if S is not None and S.shape != shape:
+        raise ValueError(f"ssd needs a state of shape {shape}, got {tuple(S.shape)}")
+
+
+def boundaries(cu_seqlens, L):
+    """-> the boundaries of the documents as a list, checked"""
+    cu = cu_seqlens.tolist()
+    if cu[:1] != [0] or cu[-1] != L or any(i >= j for i, j in itertools.pairwise(cu)):
+        raise ValueError(f"cu_seqlens must rise from 0 to L = {L}, got {cu}")
+    return cu
+
+
+def packed(form):
+    """A form of ssd that takes one document a row -> one that takes cu_seqlens too."""
+    @functools.wraps(form)
+    def by_document(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_state=False,
+                    **more):
+        if cu_seqlens is None:
+            return form(q, k, v, a, initial_state, return_final_state, **more)
+        cu = boundaries(cu_seqlens, v.shape[1])
+        S = [None] * len(cu) if initial_state is None else initial_state.unbind(1)
+        parts = [form(*(x[:, i:j] for x in (q, k, v, a)), S_doc, True, **more)
+                 for S_doc, (i, j) in zip(S, itertools.pairwise(cu), strict=False)]
+        y, S = torch.cat([y for y, _ in parts], 1), torch.stack([S for _, S in parts], 1)
+        return (y, S) if return_final_state else y
+    return by_document
 
 
 def per_head(x, H):
@@ -92,6 +139,7 @@ def wide(dtype):
 # -----------------------------------------------------------------------------
 # the definition, and the matrix
 
+@packed
 def ssd_recurrent(q, k, v, a, initial_state=None, return_final_state=False):
     """S_t = e^(a_t) S_(t-1) + k_t v_t^T      y_t = q_t S_t
 
@@ -113,7 +161,9 @@ def ssd_step(q, k, v, a, S):
 
     -> y (B, H, P), the next S (B, H, N, P)
     """
-    H = v.shape[1]
+    H, fused = v.shape[1], v.is_cuda and S.dtype == torch.float32 and not torch.is_grad_enabled()
+    if fused and not not_for_triton(v, q.shape[-1]):
+        return step_triton(q, k, v, a, S)
     q, k = (per_head(x[:, None], H)[:, 0].to(S.dtype) for x in (q, k))  # (B, H, N)
     S = a.to(S.dtype).exp()[..., None, None] * S + k[..., :, None] * v.to(S.dtype)[..., None, :]
     return (q[..., None, :] @ S)[..., 0, :].to(v.dtype), S
@@ -145,6 +195,7 @@ def mixing_matrix(q, k, a):
     return torch.einsum("bihn,bjhn->bhij", per_head(q, H), per_head(k, H)) * decay
 
 
+@packed
 def ssd_naive(q, k, v, a, initial_state=None, return_final_state=False):
     """y = M v with M in full: masked attention with a decay instead of softmax ([1] eq. 16)."""
     H, A = v.shape[2], a.double().cumsum(1)                             # (B, L, H), a_1 + ... + a_t
@@ -165,6 +216,7 @@ def ssd_naive(q, k, v, a, initial_state=None, return_final_state=False):
 # -----------------------------------------------------------------------------
 # the chunked form
 
+@packed
 def ssd_chunked(q, k, v, a, initial_state=None, return_final_state=False, chunk=None):
     """The same y in O(L) time and memory, nearly all of it matrix products ([1] section 6).
 
@@ -179,61 +231,461 @@ def ssd_chunked(q, k, v, a, initial_state=None, return_final_state=False, chunk=
            ----------+-------+------
            7   . . . | . . . | #
     """
-    (B, L, H, P), N, dtype = v.shape, q.shape[-1], wide(v.dtype)
-    chunk = chunk or chunk_length(P)
-    C = -(-L // chunk)
-    if pad := C * chunk - L:        # zeros at the end: k = 0 writes nothing, a = 0 forgets nothing
+    (B, L, H, P), N = v.shape, q.shape[-1]
+    q, k, a = per_head(q, H).to(v.dtype), per_head(k, H).to(v.dtype), a.to(wide(v.dtype))
+    S = v.new_zeros(B, H, N, P) if initial_state is None else initial_state
+    Q = chunk or chunk_length(P)
+    if pad := -L % Q:               # zeros at the end: k = 0 writes nothing, a = 0 forgets nothing
         q, k, v, a = (torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, pad))
                       for x in (q, k, v, a))
-    q, k, v = (per_head(x, H).reshape(B, C, chunk, H, -1).transpose(2, 3)
-               for x in (q, k, v))                                      # (B, C, H, Q, N or P)
-    a = a.reshape(B, C, chunk, H).transpose(2, 3).to(dtype)             # (B, C, H, Q)
-    A = a.cumsum(-1)                                                    # decay since the door, <= 0
-
-    M = (q @ k.transpose(-1, -2)) * decay_matrix(a)                     # 1 inside  (B, C, H, Q, Q)
-    y = M.to(v.dtype) @ v                                               #           (B, C, H, Q, P)
-    left = (A[..., -1:] - A).exp().to(k.dtype)                          # left of each at chunk end
-    writes = (k * left[..., None]).transpose(-1, -2) @ v                # 2 write   (B, C, H, N, P)
-    S = v.new_zeros(B, H, N, P, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    doors, S = Carry.apply(A[..., -1].exp(), writes.to(dtype), S)       # 3 carry   (B, C, H, N, P)
-    y = y + (q * A.exp().to(q.dtype)[..., None]) @ doors.to(q.dtype)    # 4 read    (B, C, H, Q, P)
-
-    y = y.transpose(2, 3).reshape(B, C * chunk, H, P)[:, :L].to(v.dtype)  # (B, L, H, P)
-    return (y, S) if return_final_state else y
+    with torch.autocast(v.device.type, enabled=False):
+        y, S = Chunked.apply(q, k, v, a, S.to(a.dtype), Q)
+    return (y[:, :L], S) if return_final_state else y[:, :L]
 
 
-class Carry(torch.autograd.Function):
-    """doors_c = S, then S <- decay_c S + writes_c, for all chunks c, in one autograd node.
+class Chunked(torch.autograd.Function):
+    """One node of autograd's graph, however many chunks there are, with the gradient written out:
+    the products below, transposed, and the same carry from the end (see backward_kernel for da)."""
 
-    decay (B, C, H), writes (B, C, H, N, P), S (B, H, N, P)  ->  doors (B, C, H, N, P), the last S
-    """
     @staticmethod
-    def forward(ctx, decay, writes, S):
-        doors = torch.empty_like(writes)
-        for c in range(writes.shape[1]):
-            doors[:, c] = S
-            S = torch.addcmul(writes[:, c], S, decay[:, c, :, None, None])
-        ctx.save_for_backward(decay, doors)
-        return doors, S
+    def forward(ctx, q, k, v, a, S, Q):
+        y, doors = torch.empty_like(v), []
+        ctx.Q, ctx.stretches = Q, stretches(v, q.shape[-1], Q)
+        for s in ctx.stretches:
+            q_c, k_c, v_c, a_c = (in_chunks(x[:, s], Q).contiguous() for x in (q, k, v, a))
+            since, left, fade = fading(a_c, v.dtype)
+            M = (q_c @ k_c.mT) * decay_matrix(a_c)                      # 1 inside  (B, C, H, Q, Q)
+            writes = (k_c * left).mT @ v_c                              # 2 write   (B, C, H, N, P)
+            door, S = carry(fade, writes, S, range(len(fade[0])))       # 3 carry   (B, C, H, N, P)
+            y_c = (q_c @ door.to(v.dtype)) * since + M.to(v.dtype) @ v_c    # 4 read (B, C, H, Q, P)
+            in_chunks(y[:, s], Q).copy_(y_c)
+            doors.append(door)
+        ctx.save_for_backward(q, k, v, a, *doors)
+        return y, S
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_doors, d_S):
-        decay, doors = ctx.saved_tensors
-        d_writes = torch.empty_like(doors)
-        for c in reversed(range(doors.shape[1])):           # the same recurrence, backward in time
-            d_writes[:, c] = d_S
-            d_S = torch.addcmul(d_doors[:, c], d_S, decay[:, c, :, None, None])
-        return (d_writes * doors).sum((-1, -2)), d_writes, d_S
+    def backward(ctx, dy, dS):
+        q, k, v, a, *doors = ctx.saved_tensors
+        Q, dtype, grads = ctx.Q, v.dtype, [torch.empty_like(x) for x in (q, k, v, a)]
+        for s, S in zip(reversed(ctx.stretches), reversed(doors), strict=True):
+            q_c, k_c, v_c, a_c, dy_c = (in_chunks(x[:, s], Q).contiguous()
+                                        for x in (q, k, v, a, dy))
+            (since, left, fade), decay = fading(a_c, dtype), decay_matrix(a_c)
+            asked = (q_c * since).mT @ dy_c                             # 4  (B, C, H, N, P)
+            dS_c, dS = carry(fade, asked, dS, reversed(range(len(fade[0]))))    # 3
+            through = fade * (S * dS_c).sum((-1, -2))                   # (B, C, H)
+            S, dS_c = S.to(dtype), dS_c.to(dtype)
+
+            M, R = (q_c @ k_c.mT) * decay, dy_c @ v_c.mT                # 1  (B, C, H, Q, Q)
+            dv = (k_c @ dS_c) * left                                    # 2  (B, C, H, Q, P)
+            later = (v_c * dv).sum(-1, dtype=a.dtype)
+            dv += M.to(dtype).mT @ dy_c
+            M *= R
+            R = (R * decay).to(dtype)
+            dk = (v_c @ dS_c.mT) * left + R.mT @ q_c                    # (B, C, H, Q, N)
+            dq = (dy_c @ S.mT) * since
+            rise = (q_c * dq).sum(-1, dtype=a.dtype) + M.sum(-1) - M.sum(-2)
+            dq += R @ k_c
+            da = (rise.flip(-1).cumsum(-1).flip(-1) + later.cumsum(-1) - later
+                  + through[..., None])
+            for whole, part in zip(grads, (dq, dk, dv, da), strict=True):
+                in_chunks(whole[:, s], Q).copy_(part)
+        return *grads, dS, None
 
 
-BACKENDS = {"recurrent": ssd_recurrent, "naive": ssd_naive, "chunked": ssd_chunked}
+def stretches(v, N, Q):
+    """Slices of the sequence, in whole chunks: on a CPU as long as its cache holds, else all."""
+    B, L, H, P = v.shape
+    step = max(Q, STRETCH // (B * H * max(N, P)) // Q * Q) if v.device.type == "cpu" else L
+    return [slice(i, i + step) for i in range(0, L, step)]
+
+
+def in_chunks(x, Q):
+    """(B, L, H, ...) -> a view (B, C, H, Q, ...)"""
+    return x.unflatten(1, (-1, Q)).transpose(2, 3)
+
+
+def fading(a, dtype):
+    """a (B, C, H, Q) -> what is left since the door, and at the end, of each (B, C, H, Q, 1); and
+    of the door at the end (B, C, H)"""
+    A = a.cumsum(-1)
+    since, left = A.exp(), (A[..., -1:] - A).exp()
+    return since.to(dtype)[..., None], left.to(dtype)[..., None], since[..., -1]
+
+
+def carry(fade, writes, S, order):
+    """doors_c = S, then S <- fade_c S + writes_c, for the chunks c in order -> doors, the last S"""
+    doors = torch.empty_like(writes, dtype=S.dtype)
+    for c in order:
+        doors[:, c] = S
+        S = torch.addcmul(writes[:, c].to(S.dtype), S, fade[:, c, :, None, None])
+    return doors, S
+
+
+# -----------------------------------------------------------------------------
+# the Triton form: one program per head walks from chunk to chunk, the state in its registers
+#
+#   forward   carries S from the start: steps 1-4 in one go; q k v are read and y is written once.
+#   backward  carries dS, the gradient of S, from the end: dq dk dv da in one go. It needs S too,
+#             which the forward leaves at a door every DOOR tokens, and carries it up from there.
+#
+# A program's share of the sequence is a piece: a document, or a part of one where there are too few
+# heads to fill the GPU. What a piece adds to the state behind it is summed up by a kernel before.
+# No (Q, Q) tile reaches memory. Programs share no output: two runs give the same bits. Exponents
+# are to base 2, which the hardware has, and of differences <= 0.
+
+DOOR = 64                               # a multiple of every chunk length used below
+
+
+@jit
+def share(cu, L, n_docs, H, PIECES: tl.constexpr, DOOR: tl.constexpr):
+    """What this program works on: head, piece, row of the batch; the document's start, the piece's
+    first and last + 1 position; which state and which first door are its own. Offsets have 64 bits,
+    since B L H P may pass 2^31."""
+    doc, piece = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    start, end = tl.load(cu + doc), tl.load(cu + doc + 1)
+    span = tl.cdiv(tl.cdiv(end - start, PIECES), DOOR) * DOOR
+    lo = tl.minimum(start + piece * span, end)
+    state, door = (b * n_docs + doc) * H + h, b * (L // DOOR + n_docs) + start // DOOR + doc
+    return h, piece, b * L, start, lo, tl.minimum(lo + span, end), state, door
+
+
+@jit
+def tile(x, t, heads: tl.constexpr, h, Q: tl.constexpr, W: tl.constexpr):
+    """x (.., heads, W) -> pointers (Q, W) to rows t .. t + Q - 1 of head h"""
+    return (x + (t * heads + h) * W
+            + tl.arange(0, Q)[:, None] * (heads * W) + tl.arange(0, W)[None, :])
+
+
+@jit
+def read(x, t, inside, heads: tl.constexpr, h, Q: tl.constexpr, W: tl.constexpr):
+    return tl.load(tile(x, t, heads, h, Q, W), mask=inside[:, None], other=0.0)
+
+
+@jit
+def write(x, t, inside, heads: tl.constexpr, h, rows, Q: tl.constexpr, W: tl.constexpr):
+    tl.store(tile(x, t, heads, h, Q, W), rows.to(x.dtype.element_ty), mask=inside[:, None])
+
+
+@jit
+def decays(a, t, inside, H: tl.constexpr, h, Q: tl.constexpr):
+    """-> A (Q): log2 of what is kept since the door of the chunk, and its last value"""
+    i = tl.arange(0, Q)
+    A = tl.cumsum(tl.load(a + t * H + h + i * H, mask=inside, other=0.0) * 1.4426950408889634, 0)
+    return A, tl.sum(tl.where(i == Q - 1, A, 0.0), 0)
+
+
+@jit
+def dot(x, y, plus, FP32: tl.constexpr):
+    return tl.dot(x, y, plus, input_precision="ieee" if FP32 else "tf32")
+
+
+@jit
+def piece_kernel(x, z, a, cu, writes, fades, L, n_docs, H: tl.constexpr, G: tl.constexpr,
+                 N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, FP32: tl.constexpr,
+                 PIECES: tl.constexpr, DOOR: tl.constexpr, BACKWARD: tl.constexpr):
+    """What a piece adds to S at its end (x, z = k, v), or to dS at its door (x, z = q, dy)."""
+    h, piece, row, _, lo, hi, state, _ = share(cu, L, n_docs, H, PIECES, DOOR)
+    g, i, S, fade = h // (H // G), tl.arange(0, Q), tl.zeros((N, P), tl.float32), 0.0
+    chunks = tl.cdiv(hi - lo, Q)
+    for c in range(chunks):
+        t = lo + (chunks - 1 - c if BACKWARD else c) * Q
+        inside = t + i < hi
+        A, total = decays(a, row + t, inside, H, h, Q)
+        x_c = read(x, row + t, inside, G, g, Q, N)
+        z_c = read(z, row + t, inside, H, h, Q, P)
+        x_c = (x_c * tl.exp2(A if BACKWARD else total - A)[:, None]).to(x_c.dtype)
+        S = dot(tl.trans(x_c), z_c, S * tl.exp2(total), FP32)
+        fade += total
+    at = state * PIECES + piece
+    tl.store(tile(writes, at * N, 1, 0, N, P), S)
+    tl.store(fades + at, fade)
+
+
+@jit
+def forward_kernel(q, k, v, a, cu, S0, writes, fades, y, S1, doors, L, n_docs, H: tl.constexpr,
+                   G: tl.constexpr, N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
+                   FP32: tl.constexpr, PIECES: tl.constexpr, DOOR: tl.constexpr,
+                   KEEP: tl.constexpr):
+    h, piece, row, start, lo, hi, state, door = share(cu, L, n_docs, H, PIECES, DOOR)
+    g, i = h // (H // G), tl.arange(0, Q)
+    S = tl.load(tile(S0, state * N, 1, 0, N, P))                        # (N, P)
+    for before in range(piece):
+        at = state * PIECES + before
+        S = S * tl.exp2(tl.load(fades + at)) + tl.load(tile(writes, at * N, 1, 0, N, P))
+    for t in range(lo, hi, Q):
+        inside = t + i < hi
+        q_c = read(q, row + t, inside, G, g, Q, N)
+        k_c = read(k, row + t, inside, G, g, Q, N)
+        v_c = read(v, row + t, inside, H, h, Q, P)
+        A, total = decays(a, row + t, inside, H, h, Q)
+        if KEEP:
+            if (t - start) % DOOR == 0:
+                at = (door + (t - start) // DOOR) * H + h
+                tl.store(tile(doors, at * N, 1, 0, N, P), S.to(doors.dtype.element_ty))
+        past = i[:, None] >= i[None, :]
+        M = dot(q_c, tl.trans(k_c), None, FP32)                         # 1 inside  (Q, Q)
+        M = M * tl.exp2(tl.where(past, A[:, None] - A[None, :], float("-inf")))
+        y_c = dot(q_c, S.to(q_c.dtype), None, FP32) * tl.exp2(A)[:, None]   # 4 read  (Q, P)
+        y_c = dot(M.to(v_c.dtype), v_c, y_c, FP32)
+        write(y, row + t, inside, H, h, y_c, Q, P)
+        k_c = (k_c * tl.exp2(total - A)[:, None]).to(k_c.dtype)         # 2 write, 3 carry
+        S = dot(tl.trans(k_c), v_c, S * tl.exp2(total), FP32)
+    if piece == PIECES - 1:
+        tl.store(tile(S1, state * N, 1, 0, N, P), S)
+
+
+@jit
+def backward_kernel(q, k, v, a, cu, doors, dy, dS1, writes, fades, dq, dk, dv, da, dS0, L, n_docs,
+                    H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+                    Q: tl.constexpr, FP32: tl.constexpr, PIECES: tl.constexpr,
+                    DOOR: tl.constexpr):
+    """With w_ij the decay from j to i, since_i from the door to i, left_j from j to the end:
+        dv_j = sum_i w_ij (q_i . k_j) dy_i + left_j k_j dS      dk_j likewise, of (v_j . dy_i) q_i
+        dq_i = sum_j w_ij (dy_i . v_j) k_j + since_i S dy_i
+    and da_t is the sum of q_i . dq_i = k_j . dk_j over the pairs j < t <= i. Pairs within the chunk
+    cancel by q.dq - k.dk; those that cross a border of it are summed from that border, or rounding
+    would add up over the sequence.
+    """
+    h, piece, row, start, lo, hi, state, door = share(cu, L, n_docs, H, PIECES, DOOR)
+    g, i = h // (H // G), tl.arange(0, Q)
+    dS = tl.load(tile(dS1, state * N, 1, 0, N, P))                      # (N, P)
+    for after in range(PIECES - 1 - piece):
+        at = state * PIECES + PIECES - 1 - after
+        dS = dS * tl.exp2(tl.load(fades + at)) + tl.load(tile(writes, at * N, 1, 0, N, P))
+    chunks = tl.cdiv(hi - lo, Q)
+    for c in range(chunks):
+        t = lo + (chunks - 1 - c) * Q
+        inside = t + i < hi
+        A, total = decays(a, row + t, inside, H, h, Q)
+        since, left = tl.exp2(A)[:, None], tl.exp2(total - A)[:, None]
+
+        # S here: from the last door up
+        last = (t - start) // DOOR
+        S = tl.load(tile(doors, ((door + last) * H + h) * N, 1, 0, N, P)).to(tl.float32)
+        for s in range(start + last * DOOR, t, Q):
+            A_s, total_s = decays(a, row + s, s + i < t, H, h, Q)
+            k_s = read(k, row + s, s + i < t, G, g, Q, N)
+            v_s = read(v, row + s, s + i < t, H, h, Q, P)
+            k_s = (k_s * tl.exp2(total_s - A_s)[:, None]).to(k_s.dtype)
+            S = dot(tl.trans(k_s), v_s, S * tl.exp2(total_s), FP32)
+
+        # dq, of what q asked: S and the past of the chunk
+        dy_c = read(dy, row + t, inside, H, h, Q, P)
+        through = tl.sum(tl.sum(S * dS, 1), 0) * tl.exp2(total)         # j before, i after
+        dq_c = dot(dy_c, tl.trans(S.to(dy_c.dtype)), None, FP32) * since
+        q_c = read(q, row + t, inside, G, g, Q, N)
+        rise = tl.sum(q_c * dq_c, 1)                                    # j before, i in the chunk
+        k_c = read(k, row + t, inside, G, g, Q, N)
+        v_c = read(v, row + t, inside, H, h, Q, P)
+        past = tl.where(i[:, None] >= i[None, :], A[:, None] - A[None, :], float("-inf"))
+        R = dot(dy_c, tl.trans(v_c), None, FP32) * tl.exp2(past)        # (Q i, Q j)
+        dq_c = dot(R.to(k_c.dtype), k_c, dq_c, FP32)
+        write(dq, row + t, inside, H, h, dq_c, Q, N)
+
+        # dv and dk, of what was asked of them: by the chunk's future, and by dS
+        future = tl.where(i[:, None] <= i[None, :], A[None, :] - A[:, None], float("-inf"))
+        M = dot(k_c, tl.trans(q_c), None, FP32) * tl.exp2(future)       # (Q j, Q i)
+        dv_c = dot(k_c, dS.to(k_c.dtype), None, FP32) * left
+        later = tl.sum(v_c * dv_c, 1)                                   # j in the chunk, i after
+        dv_c = dot(M.to(dy_c.dtype), dy_c, dv_c, FP32)
+        write(dv, row + t, inside, H, h, dv_c, Q, P)
+        R = dot(v_c, tl.trans(dy_c), None, FP32)                        # (Q j, Q i)
+        rise += tl.sum(M * R, 0) - tl.sum(M * R, 1)                     # both in the chunk
+        dk_c = dot(v_c, tl.trans(dS.to(v_c.dtype)), None, FP32) * left
+        dk_c = dot((R * tl.exp2(future)).to(q_c.dtype), q_c, dk_c, FP32)
+        write(dk, row + t, inside, H, h, dk_c, Q, N)
+        da_c = tl.cumsum(rise, 0, reverse=True) + tl.cumsum(later, 0) - later + through
+        tl.store(da + (row + t) * H + h + i * H, da_c, mask=inside)
+
+        q_c = read(q, row + t, inside, G, g, Q, N)      # again: it was not worth its registers
+        q_c = (q_c * since).to(q_c.dtype)
+        dS = dot(tl.trans(q_c), dy_c, dS * tl.exp2(total), FP32)
+    if piece == 0:
+        tl.store(tile(dS0, state * N, 1, 0, N, P), dS)
+
+
+@jit
+def step_kernel(q, k, v, a, S, y, S1, H: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
+                P: tl.constexpr, W: tl.constexpr):
+    """One token, W columns of one head's S."""
+    bh = tl.program_id(1).to(tl.int64)
+    bg = bh // H * G + bh % H // (H // G)
+    n, p = tl.arange(0, N), tl.program_id(0) * W + tl.arange(0, W)
+    at = bh * N * P + n[:, None] * P + p[None, :]
+    S_p = tl.load(S + at) * tl.exp(tl.load(a + bh))
+    S_p += tl.load(k + bg * N + n).to(tl.float32)[:, None] * tl.load(v + bh * P + p)[None, :]
+    y_p = tl.sum(tl.load(q + bg * N + n).to(tl.float32)[:, None] * S_p, 0)
+    tl.store(S1 + at, S_p)
+    tl.store(y + bh * P + p, y_p.to(y.dtype.element_ty))
+
+
+def configuration(N, P, dtype, arch):
+    """-> columns of v per program; (chunk, warps, pipeline stages) of forward and of backward
+
+    Chosen so that nothing spills: `python ssd_kernel.py --compile` prints what each one takes.
+    """
+    if dtype == torch.float32:
+        tiles = 16, 8 if N > 64 else 4, 1
+        return min(P, 2048 // N, 32), tiles, tiles
+    if arch < 90:
+        return min(P, 2048 // N, 64), (64, 8, 1), (16, 8, 1)
+    if N > 64:
+        return 16, (64, 4, 1), (32, 8, 1)
+    return min(P, 64), (64, 4, 2), (32, 8, 1)
+
+
+SIZES = (16, 32, 64, 128)               # of N and P, that the kernels take
+
+
+def ssd_triton(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_state=False,
+               pieces=0):
+    """The same y by the kernels above. N, P among SIZES; bf16, fp16 or fp32; states in fp32.
+
+    pieces: programs that share a document; 0 takes what fills the GPU
+    """
+    (B, L, H, P), N = v.shape, q.shape[-1]
+    if why := not_for_triton(v, N):
+        raise ValueError(f"{why}: backend 'chunked' takes it")
+    W = configuration(N, P, v.dtype, architecture(v))[0]
+    parts = P // W                      # wide heads are several, with the same q, k, a
+    cu = (torch.arange(0, L + 1, L, dtype=torch.int32, device=v.device) if cu_seqlens is None
+          else cu_seqlens.to(v.device, torch.int32))
+    n_docs = len(cu) - 1
+    S = (v.new_zeros(B, n_docs, H, N, P, dtype=torch.float32) if initial_state is None
+         else initial_state.float().reshape(B, n_docs, H, N, P))
+    S = S.unflatten(-1, (parts, W)).transpose(-3, -2).flatten(2, 3)     # (B, n, H parts, N, W)
+    q, k, a = q.to(v.dtype), k.to(v.dtype), a.float().repeat_interleave(parts, dim=2)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, a, S))
+    y, S, _ = ssd_op(q, k, v.reshape(B, L, H * parts, W), a, S, cu, keep,
+                     pieces or pieces_of(v, parts * n_docs))
+    S = S.unflatten(2, (H, parts)).transpose(-3, -2).flatten(-2)        # (B, n, H, N, P)
+    y, S = y.reshape(B, L, H, P), S[:, 0] if cu_seqlens is None else S
+    return (y, S) if return_final_state else y
+
+
+def not_for_triton(v, N):
+    """-> why the kernels cannot run on these tensors, or None"""
+    if triton is None:
+        return "Triton is not installed"
+    if not v.is_cuda and not INTERPRETED:
+        return f"Triton needs a CUDA device, the tensors are on {v.device}"
+    if N not in SIZES or v.shape[-1] not in SIZES:
+        return f"there is no Triton kernel for N {N}, P {v.shape[-1]}, only for {SIZES}"
+    if v.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"there is no Triton kernel for {v.dtype}"
+
+
+def architecture(v):
+    """90 for Hopper; where there is no GPU, that of the interpreter's pretence"""
+    major, minor = torch.cuda.get_device_capability(v.device) if v.is_cuda else (9, 0)
+    return 10 * major + minor
+
+
+def pieces_of(v, sharing):
+    """Two programs for each multiprocessor, if they can be had of 256 tokens or more."""
+    B, L, H = v.shape[:3]
+    there = torch.cuda.get_device_properties(v.device).multi_processor_count if v.is_cuda else 1
+    return max(1, min(2 * there // (B * H * sharing), L // 256))
+
+
+def launch(kernel, tiles, pieces, q, v, cu, tensors, **flags):
+    (B, L, H, P), (G, N), (Q, warps, stages) = v.shape, q.shape[2:], tiles
+    with torch.cuda.device_of(v):
+        kernel[(pieces * (len(cu) - 1), H, B)](
+            *tensors, L, len(cu) - 1, H, G, N, P, Q, v.dtype == torch.float32, pieces, DOOR,
+            **flags, num_warps=warps, num_stages=stages)
+
+
+def sums_of_pieces(x, z, a, cu, S, tiles, pieces, backward):
+    """-> writes (B, n, H, pieces, N, P), fades (B, n, H, pieces)"""
+    writes = S.new_empty(*S.shape[:3], pieces, *S.shape[3:])
+    fades = S.new_empty(writes.shape[:4])
+    if pieces > 1:
+        launch(piece_kernel, tiles, pieces, x, z, cu, (x, z, a, cu, writes, fades),
+               BACKWARD=backward)
+    return writes, fades
+
+
+def step_triton(q, k, v, a, S):
+    """ssd_step in one kernel"""
+    (B, H, P), (G, N) = v.shape, q.shape[1:]
+    q, k, v, a, S = (x.contiguous() for x in (q, k, v, a.float(), S))
+    y, S1, W = torch.empty_like(v), torch.empty_like(S), min(P, 16)
+    with torch.cuda.device_of(v):
+        step_kernel[(P // W, B * H)](q, k, v, a, S, y, S1, H, G, N, P, W, num_warps=4)
+    return y, S1
+
+
+# What autograd and torch.compile see: two operators, the shapes of their outputs, and that one is
+# the other's derivative.
+
+@torch.library.custom_op("mohawk::ssd", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, "
+                         "Tensor a, Tensor S, Tensor cu, bool keep, int pieces) -> "
+                         "(Tensor, Tensor, Tensor)")
+def ssd_op(q, k, v, a, S, cu, keep, pieces):
+    """-> y, the last S, and S at the doors if they are to be kept for the backward"""
+    boundaries(cu, v.shape[1])
+    q, k, v, a, S = (x.contiguous() for x in (q, k, v, a, S))
+    tiles = configuration(q.shape[-1], v.shape[-1], v.dtype, architecture(v))[1]
+    y, S1, doors = outputs = ssd_outputs(q, k, v, a, S, cu, keep, pieces)
+    writes, fades = sums_of_pieces(k, v, a, cu, S, tiles, pieces, False)
+    launch(forward_kernel, tiles, pieces, q, v, cu,
+           (q, k, v, a, cu, S, writes, fades, y, S1, doors), KEEP=keep)
+    return outputs
+
+
+@ssd_op.register_fake
+def ssd_outputs(q, k, v, a, S, cu, keep, pieces):
+    (B, L, H, P), n_docs, N = v.shape, S.shape[1], q.shape[-1]
+    doors = (B, L // DOOR + n_docs, H, N, P) if keep else (0,)
+    return v.new_empty(v.shape), S.new_empty(S.shape), v.new_empty(doors)
+
+
+@torch.library.custom_op("mohawk::ssd_backward", mutates_args=(), schema="(Tensor q, Tensor k, "
+                         "Tensor v, Tensor a, Tensor cu, Tensor doors, Tensor dy, Tensor dS, "
+                         "int pieces) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+def ssd_backward_op(q, k, v, a, cu, doors, dy, dS, pieces):
+    q, k, v, a, dy, dS = (x.contiguous() for x in (q, k, v, a, dy, dS))
+    (B, L, H, _), (G, N) = v.shape, q.shape[2:]
+    tiles = configuration(N, v.shape[-1], v.dtype, architecture(v))[2]
+    dv, da, dS0 = v.new_empty(v.shape), a.new_empty(a.shape), dS.new_empty(dS.shape)
+    dq, dk = q.new_empty(B, L, H, N), q.new_empty(B, L, H, N)
+    writes, fades = sums_of_pieces(q, dy, a, cu, dS, tiles, pieces, True)
+    launch(backward_kernel, tiles, pieces, q, v, cu,
+           (q, k, v, a, cu, doors, dy, dS, writes, fades, dq, dk, dv, da, dS0))
+    if G < H:                           # a group's q and k served several heads
+        dq, dk = (x.unflatten(2, (G, H // G)).sum(3) for x in (dq, dk))
+    return dq, dk, dv, da, dS0
+
+
+@ssd_backward_op.register_fake
+def _(q, k, v, a, cu, doors, dy, dS, pieces):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, a, dS))
+
+
+def derivative(ctx, dy, dS, _):
+    return *ssd_backward_op(*ctx.saved_tensors, dy, dS, ctx.pieces), None, None, None
+
+
+def remember(ctx, inputs, output):
+    q, k, v, a, _, cu, _, ctx.pieces = inputs
+    ctx.save_for_backward(q, k, v, a, cu, output[2])
+
+
+ssd_op.register_autograd(derivative, setup_context=remember)
+
+
+BACKENDS = {"recurrent": ssd_recurrent, "naive": ssd_naive, "chunked": ssd_chunked,
+            "triton": ssd_triton}
 
 
 # -----------------------------------------------------------------------------
 # stage 1's distance
 
-def orientation_loss(q_t, k_t, scale, q, k, a, D, return_size=False):
+def orientation_loss(q_t, k_t, scale, q, k, a, D, return_size=False, backend="auto"):
     """Mean over batch and heads of || softmax(q_t k_t^T scale) - (M + diag D) ||_F, causal
     ([2] section 4.1).
 
@@ -251,50 +703,25 @@ def orientation_loss(q_t, k_t, scale, q, k, a, D, return_size=False):
         dA_i = sum_j (E o M)[i, j] - sum_j (E o M)[j, i]
     with A the running sum of a, hence da = reverse cumulative sum of dA.
     """
-    distance, size = OrientationLoss.apply(q_t, k_t, scale, q, k, a, D)
+    if backend == "auto":
+        fits = q.is_cuda and not not_for_triton(q, k_t.shape[-1])
+        backend = "triton" if fits else "blocked"
+    terms = {"triton": orientation_triton, "blocked": orientation_blocked}[backend]
+    distance, size = OrientationLoss.apply(q_t, k_t, scale, q, k, a, D, terms)
     return (distance, size) if return_size else distance
 
 
 class OrientationLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_t, k_t, scale, q, k, a, D):
-        (B, L, H), G, dtype = a.shape, q.shape[2], wide(a.dtype)
-        q_t, k_t, q, k = (per_head(x, H).transpose(1, 2).to(dtype)
-                          for x in (q_t, k_t, q, k))                    # (B, H, L, N)
-        A = a.double().cumsum(1).transpose(1, 2)                        # (B, H, L)
-        dq, dk, dA = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(A)
-        dD = D.new_zeros(B, H, dtype=dtype)
-        squares, squares_t = dD.clone(), dD.clone()                     # (B, H)
-        rows = max(1, min(L, TILE // (B * H * L)))
-        for i in range(0, L, rows):
-            j = min(i + rows, L)                                        # rows i..j-1, cols 0..j-1
-            future = torch.ones(j - i, j, dtype=torch.bool, device=q.device).triu(i + 1)
-            target = q_t[:, :, i:j] @ k_t[:, :, :j].mT * scale
-            target = target.masked_fill_(future, -torch.inf).softmax(-1)
-            # Counted from row i, in fp64, the running sums may go to fp32: far from i they are
-            # large, but fade to 0.
-            near = (A[:, :, :j] - A[:, :, i, None]).to(dtype)           # (B, H, j)
-            gap = near[..., i:, None] - near[..., None, :]
-            decay = gap.masked_fill_(future, -torch.inf).exp_()
-            M = (q[:, :, i:j] @ k[:, :, :j].mT).mul_(decay)             # (B, H, rows, j)
-            E = M - target
-            E.diagonal(i, -2, -1).add_(D.to(dtype)[:, None])
-            squares += E.square().sum((-1, -2))
-            squares_t += target.square_().sum((-1, -2))
-            dD += E.diagonal(i, -2, -1).sum(-1)
-            M.mul_(E)
-            dA[:, :, i:j] += M.sum(-1)
-            dA[:, :, :j] -= M.sum(-2)
-            E.mul_(decay)
-            dq[:, :, i:j] = E @ k[:, :, :j]
-            dk[:, :, :j] += E.mT @ q[:, :, i:j]
+    def forward(ctx, q_t, k_t, scale, q, k, a, D, terms):
+        (B, _, H), G, dtype = a.shape, q.shape[2], wide(a.dtype)
+        dq, dk, dA, dD, squares, squares_t = terms(q_t, k_t, scale, q, k, a, D)
         norm = squares.sqrt()                                           # (B, H)
         weight = 1 / (norm.clamp_min(torch.finfo(dtype).tiny) * B * H)  # a perfect student: no push
-        da = dA.flip(-1).cumsum(-1).flip(-1)
-        dq, dk = ((weight[..., None, None] * x).transpose(1, 2).unflatten(2, (G, H // G)).sum(3)
-                  for x in (dq, dk))
-        ctx.save_for_backward(dq, dk, (weight[..., None] * da).transpose(1, 2).to(a.dtype),
-                              (weight * dD).sum(0))
+        dq, dk = ((weight[:, None, :, None] * x).unflatten(2, (G, H // G)).sum(3).to(q.dtype)
+                  for x in (dq, dk))                                    # (B, L, G, N)
+        da = weight[:, None] * dA.flip(1).cumsum(1).flip(1)             # (B, L, H)
+        ctx.save_for_backward(dq, dk, da.to(a.dtype), (weight * dD).sum(0).to(D.dtype))
         size = squares_t.sqrt().mean()
         ctx.mark_non_differentiable(size)
         return norm.mean(), size
@@ -302,7 +729,140 @@ class OrientationLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g, _):
-        return None, None, None, *(g * gradient for gradient in ctx.saved_tensors)
+        return None, None, None, *(g * gradient for gradient in ctx.saved_tensors), None
+
+
+def orientation_blocked(q_t, k_t, scale, q, k, a, D):
+    """Rows of E in blocks -> dq, dk (B, L, H, N), dA (B, L, H), dD, ||E||^2, ||target||^2 (B, H)"""
+    (B, L, H), dtype = a.shape, wide(a.dtype)
+    q_t, k_t, q, k = (per_head(x, H).transpose(1, 2).to(dtype)
+                      for x in (q_t, k_t, q, k))                        # (B, H, L, N)
+    A = a.double().cumsum(1).transpose(1, 2)                            # (B, H, L)
+    dq, dk, dA = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(A)
+    dD = D.new_zeros(B, H, dtype=dtype)
+    squares, squares_t = dD.clone(), dD.clone()                         # (B, H)
+    rows = max(1, min(L, TILE // (B * H * L)))
+    for i in range(0, L, rows):
+        j = min(i + rows, L)                                            # rows i..j-1, cols 0..j-1
+        future = torch.ones(j - i, j, dtype=torch.bool, device=q.device).triu(i + 1)
+        target = q_t[:, :, i:j] @ k_t[:, :, :j].mT * scale
+        target = target.masked_fill_(future, -torch.inf).softmax(-1)
+        # Counted from row i, in fp64, the running sums may go to fp32: far from i they are
+        # large, but fade to 0.
+        near = (A[:, :, :j] - A[:, :, i, None]).to(dtype)               # (B, H, j)
+        gap = near[..., i:, None] - near[..., None, :]
+        decay = gap.masked_fill_(future, -torch.inf).exp_()
+        M = (q[:, :, i:j] @ k[:, :, :j].mT).mul_(decay)                 # (B, H, rows, j)
+        E = M - target
+        E.diagonal(i, -2, -1).add_(D.to(dtype)[:, None])
+        squares += E.square().sum((-1, -2))
+        squares_t += target.square_().sum((-1, -2))
+        dD += E.diagonal(i, -2, -1).sum(-1)
+        M.mul_(E)
+        dA[:, :, i:j] += M.sum(-1)
+        dA[:, :, :j] -= M.sum(-2)
+        E.mul_(decay)
+        dq[:, :, i:j] = E @ k[:, :, :j]
+        dk[:, :, :j] += E.mT @ q[:, :, i:j]
+    return *(x.transpose(1, 2) for x in (dq, dk, dA)), dD, squares, squares_t
+
+
+@jit
+def orientation_kernel(x_t, z_t, scale, x, z, a, D, lse, dx, dA, sums, L, H: tl.constexpr,
+                       GX: tl.constexpr, GZ: tl.constexpr, G: tl.constexpr, N_T: tl.constexpr,
+                       N: tl.constexpr, Q: tl.constexpr, FP32_T: tl.constexpr,
+                       FP32: tl.constexpr, ROWS: tl.constexpr):
+    """Q rows of E, which give dq (x asks, z is asked), or Q columns, which give dk (x is asked).
+
+    teacher: x_t (B, L, GX, N_T), z_t (B, L, GZ, N_T)   student: x, z (B, L, G, N)
+    """
+    i, mine, h, b = tl.arange(0, Q), tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = b.to(tl.int64) * L + mine * Q
+    lse += (b.to(tl.int64) * H + h) * L                                 # base 2, of each row
+    at = mine * Q + i
+    x_t_c = read(x_t, row, at < L, GX, h // (H // GX), Q, N_T)
+    x_c = read(x, row, at < L, G, h // (H // G), Q, N)
+    A, total = decays(a, row, at < L, H, h, Q)
+    n = mine + 1 if ROWS else tl.cdiv(L, Q) - mine                      # tiles to look at
+
+    zero = tl.zeros((Q,), tl.float32)
+    if ROWS:
+        top, mass = zero - float("inf"), zero                           # the teacher's softmax
+        for d in range(n):
+            z_t_c = read(z_t, row - d * Q, at - d * Q < L, GZ, h // (H // GZ), Q, N_T)
+            score = dot(x_t_c, tl.trans(z_t_c), None, FP32_T) * scale
+            score = tl.where(at[:, None] >= (at - d * Q)[None, :], score, float("-inf"))
+            higher = tl.maximum(top, tl.max(score, 1))
+            mass = mass * tl.exp2(top - higher) + tl.sum(tl.exp2(score - higher[:, None]), 1)
+            top = higher
+        norm = top + tl.log2(mass)
+        tl.store(lse + at, norm, mask=at < L)
+
+    D_h, acc, dA_c = tl.load(D + h), tl.zeros((Q, N), tl.float32), zero
+    wrong, size, trace, between = zero, zero, zero, 0.0                 # between: decay of tiles
+    for d in range(n):
+        far = -d * Q if ROWS else d * Q
+        there = at + far
+        z_t_c = read(z_t, row + far, there < L, GZ, h // (H // GZ), Q, N_T)
+        z_c = read(z, row + far, there < L, G, h // (H // G), Q, N)
+        A_z, total_z = decays(a, row + far, there < L, H, h, Q)
+        if ROWS:
+            keep = (at[:, None] >= there[None, :]) & (at < L)[:, None]
+            left = tl.where(d > 0, between + total_z, 0.0)
+            gap, norm_c = A[:, None] + (left - A_z)[None, :], norm[:, None]
+        else:
+            keep = (at[:, None] <= there[None, :]) & (there < L)[None, :]
+            left = tl.where(d > 0, between + total, 0.0)
+            gap = A_z[None, :] + (left - A)[:, None]
+            norm_c = tl.load(lse + there, mask=there < L, other=0.0)[None, :]
+        between += tl.where(d > 0, total_z, 0.0)
+        target = dot(x_t_c, tl.trans(z_t_c), None, FP32_T) * scale - norm_c
+        target = tl.exp2(tl.where(keep, target, float("-inf")))
+        decay = tl.exp2(tl.where(keep, gap, float("-inf")))
+        M = dot(x_c, tl.trans(z_c), None, FP32) * decay
+        same = keep & (at[:, None] == there[None, :])
+        E = M - target + tl.where(same, D_h, 0.0)
+        dA_c += tl.sum(E * M, 1)
+        acc = dot((E * decay).to(z_c.dtype), z_c, acc, FP32)
+        if ROWS:
+            wrong += tl.sum(E * E, 1)
+            size += tl.sum(target * target, 1)
+            trace += tl.sum(tl.where(same, E, 0.0), 1)
+    write(dx, row, at < L, H, h, acc, Q, N)
+    tl.store(dA + row * H + h + i * H, dA_c, mask=at < L)
+    if ROWS:
+        out = sums + ((b.to(tl.int64) * H + h) * tl.num_programs(0) + mine) * 3
+        tl.store(out, tl.sum(wrong, 0))
+        tl.store(out + 1, tl.sum(size, 0))
+        tl.store(out + 2, tl.sum(trace, 0))
+
+
+def orientation_triton(q_t, k_t, scale, q, k, a, D):
+    """The same by tiles: rows of E for dq, then columns for dk, so that programs share nothing."""
+    (B, L, H), (G, N), N_T = a.shape, q.shape[2:], k_t.shape[-1]
+    q_t, k_t, q, k, a, D = (x.contiguous() for x in (q_t, k_t, q, k, a.float(), D.float()))
+    fp32_t, fp32 = (x.dtype == torch.float32 for x in (q_t, q))
+    Q, warps, stages = orientation_tiles(N, N_T, fp32 or fp32_t, architecture(q))
+    dq, dk = (x.new_empty(B, L, H, N, dtype=torch.float32) for x in (q, k))
+    lse, rows, columns = a.new_empty(B, H, L), torch.empty_like(a), torch.empty_like(a)
+    sums = a.new_empty(B, H, -(-L // Q), 3)
+    with torch.cuda.device_of(q):
+        for asks in (True, False):
+            x_t, z_t, x, z = (q_t, k_t, q, k) if asks else (k_t, q_t, k, q)
+            orientation_kernel[(-(-L // Q), H, B)](
+                x_t, z_t, scale / math.log(2), x, z, a, D, lse, dq if asks else dk,
+                rows if asks else columns, sums, L, H, x_t.shape[2], z_t.shape[2], G, N_T, N, Q,
+                fp32_t, fp32, asks, num_warps=warps, num_stages=stages)
+    squares, squares_t, dD = sums.sum(2).unbind(-1)                     # (B, H) each
+    return dq, dk, rows - columns, dD, squares, squares_t
+
+
+def orientation_tiles(N, N_T, fp32, arch):
+    """-> tile, warps, pipeline stages"""
+    wide = max(N, N_T) > 64
+    if arch == 90 and not wide and not fp32:
+        return 64, 4, 1
+    return 16 if fp32 else 32, 8 if wide else 4, 1
 
 
 def orientation_loss_naive(q_t, k_t, scale, q, k, a, D):
@@ -316,31 +876,148 @@ def orientation_loss_naive(q_t, k_t, scale, q, k, a, D):
 
 
 # -----------------------------------------------------------------------------
+# the benchmark. It runs anywhere; the numbers worth having come from a GPU.
 
-def main():
-    """Time per token of both forms: flat in L for the chunked one, growing for the one with M."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    B, H, P = 1, 8, 64
-    print(f"forward + backward, B {B}, H = G = {H}, P = N = {P}, fp32, {device}: "
-          "microseconds per token")
-    print(f"{'L':>8}{'naive':>12}{'chunked':>12}")
-    for L in (512, 1024, 2048, 4096, 16384):
-        times = {name: seconds(name, (B, L, H, P), device) / L * 1e6
-                 for name in ("naive", "chunked") if name == "chunked" or L <= 4096}
-        print(f"{L:8}{times.get('naive', math.nan):12.1f}{times['chunked']:12.1f}")
+def flash_attention(q, k, v, a):
+    """Not the same function: the one to be replaced."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def seconds(backend, shape, device):
-    """The fastest of three runs of ssd and its gradients."""
-    q, k, v = (torch.randn(shape, device=device, requires_grad=True) for _ in range(3))
-    a, times = (-torch.rand(shape[:3], device=device)).requires_grad_(), []
-    for _ in range(3):
+def mamba_ssm(q, k, v, a):
+    """The authors' kernels, called as Phi-Mamba does: v is divided by a step that they put back."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as kernels
+    return kernels(v / -a[..., None].to(v.dtype), -a, a.new_full(a.shape[2:], -1.0), k, q, 128)
+
+
+def fla(q, k, v, a):
+    from fla.ops.simple_gla import chunk_simple_gla
+    return chunk_simple_gla(q, k, v, g=a, scale=1.0)[0]
+
+
+WIDTHS = {"L": 6, "B": 4, "form": 18}
+FORMS = {"naive": ssd_naive, "chunked": ssd_chunked, "triton": ssd_triton,
+         "attention, flash": flash_attention, "mamba_ssm": mamba_ssm, "fla": fla}
+
+
+def milliseconds(run, device):
+    """The median of many runs; on a GPU each finds the cache cleared."""
+    if device == "cuda":
+        return triton.testing.do_bench(run, return_mode="median")
+    run()
+    times = []
+    while not times or sum(times) < 1 and len(times) < 20:
         start = time.perf_counter()
-        ssd(q, k, v, a, backend=backend).sum().backward()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times)[len(times) // 2]
+
+
+def example(L, B, H, P, dtype, device):
+    """-> q, k, v (B, L, H, P), a (B, L, H), ready for gradients, and a gradient of y"""
+    draw = torch.Generator(device).manual_seed(0)
+    q, k, v, dy = (torch.randn(B, L, H, P, generator=draw, device=device) for _ in range(4))
+    a = -torch.rand(B, L, H, generator=draw, device=device)
+    leaves = q.to(dtype), (k / P**0.5).to(dtype), v.to(dtype), a
+    return [x.requires_grad_() for x in leaves], dy.to(dtype)
+
+
+def ssd_cases(lengths, tokens, H, dtype, device):
+    """-> form, function, its arguments, gradient of its output, least bytes, what y should be"""
+    for L in lengths:
+        leaves, dy = example(L, max(1, tokens // L), H, 64, dtype, device)
+        want = ssd_chunked(*(x[:1, :, :2].detach().double() for x in leaves))   # of two heads
+        least = 11 * dy.nbytes + 3 * leaves[3].nbytes       # q k v a -> y; these, dy -> dq dk dv da
+        for form, function in FORMS.items():
+            if form != "naive" or L <= 4096:
+                judge = None if function is flash_attention else want
+                yield form, function, leaves, dy, least, judge
+
+
+def piece_cases(lengths, H, dtype, device):
+    for L in lengths:
+        leaves, dy = example(L, 1, H, 64, dtype, device)
+        for pieces in (1, pieces_of(leaves[2], 1)):
+            function = functools.partial(ssd_triton, pieces=pieces)
+            yield f"in {pieces} pieces", function, leaves, dy, 0, None
+
+
+def orientation_cases(lengths, tokens, H, dtype, device):
+    for L in lengths:
+        (q, k, v, a), _ = example(L, max(1, tokens // L), H, 64, dtype, device)
+        D = torch.ones(H, device=device, requires_grad=True)
+        teacher = v.detach(), v.detach(), 0.125
+        for form, function in (("naive", orientation_loss_naive), ("tiles", orientation_loss)):
+            yield form, functools.partial(function, *teacher), (q, k, a, D), a.new_ones(()), 0, None
+
+
+def measure(form, function, leaves, dy, least, want, device, copy):
+    """-> one row of the table; raises what `function` does"""
+    y = function(*leaves)
+    error = math.nan if want is None else rel(y.detach()[:1, :, :2], want)
+    backward = milliseconds(
+        lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True, allow_unused=True),
+        device)
+    with torch.no_grad():
+        forward = milliseconds(lambda: function(*leaves), device)
+    peak = math.nan
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(function(*leaves), leaves, dy, allow_unused=True)
+        peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return {"L": leaves[0].shape[1], "B": len(leaves[0]), "form": form, "forward ms": forward,
+            "backward ms": backward, "both ms": forward + backward, "least GB": least / 1e9,
+            "of copying": least / 1e6 / copy / (forward + backward), "peak MB": peak,
+            "error": error}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", help="also write what was measured to this file")
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens in a row [512 ... 65536]")
+    args, cuda = parser.parse_args(arguments), torch.cuda.is_available()
+    device, H, tokens, dtype = (("cuda", 32, 2**14, torch.bfloat16) if cuda
+                                else ("cpu", 8, 2**12, torch.float32))
+    name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    block = torch.empty(2**28, dtype=torch.uint8, device=device)
+    copy = 2 * block.numel() / milliseconds(block.clone, device) / 1e6
+    about = {"device": name, "copying, GB/s": round(copy, 1), "dtype": str(dtype),
+             "H": H, "G": H, "P": 64, "N": 64,
+             "torch": torch.__version__, "triton": triton and triton.__version__}
+    print(" | ".join(f"{key} {value}" for key, value in about.items()))
+    setting = H, dtype, device
+    lengths = args.lengths or [2**n for n in range(9, 17)]
+    tables = {"SSD": ssd_cases(lengths, tokens, *setting),
+              "SSD, one row: one program for each head, and enough to fill the GPU":
+                  piece_cases(lengths, *setting) if cuda else (),
+              "orientation loss": orientation_cases((512, 1024, 2048), tokens, *setting)}
+    missing = {}
+    for title, cases in tables.items():
+        print(f"\n{title}")
+        about[title] = rows = []
+        for case in cases:
+            try:
+                row = measure(*case, device, copy)
+            except (ImportError, ValueError, RuntimeError) as why:      # no such package, no memory
+                missing.setdefault(case[0], f"{type(why).__name__}: {why}".split("\n")[0])
+                continue
+            if not rows:
+                print("".join(f"{key:>{WIDTHS.get(key, 11)}}" for key in row))
+            rows.append(row)
+            print("".join(f"{value:>{WIDTHS.get(key, 11)}{form}}" for (key, value), form in zip(
+                row.items(), ("", "", "", ".3f", ".3f", ".3f", ".3f", ".1%", ",.0f", ".1e"),
+                strict=True)), flush=True)
+    for form, why in missing.items():
+        print(f"left out: {form}, {why}")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(about | {"left out": missing}, file, indent=1)
+
+
+def rel(got, want):
+    """RMS error as a share of the signal"""
+    return ((got - want).square().mean() / want.square().mean()).sqrt().item()
 
 
 if __name__ == "__main__":

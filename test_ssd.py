@@ -3,20 +3,27 @@
 Told in the order of the files: operator, student, teacher, data, stages.
 
 Run:  python -m pytest -q              # no GPU, no network; minutes on two cores
+      python test_ssd.py 90            # registers and shared memory of each kernel, here for sm_90
 
 Models here are random and small unless a test says otherwise. `rel` is the ruler: an error as a
 share of the signal.
+
+Where there is no GPU, Triton kernels run in its interpreter, in fp32 and fp16 (bf16 products come
+out wrong there), and are compiled ahead of time for the GPUs they are meant for.
 """
+import concurrent.futures
 import doctest
 import gzip
 import importlib
 import importlib.util
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -25,6 +32,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+
+if not torch.cuda.is_available() and __name__ != "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"            # read when the kernels are defined
 
 import distill
 import eval as evaluation
@@ -36,7 +46,7 @@ from model_teacher import Teacher
 from prepare import Tokenizer, Tokens
 from ssd_kernel import mixing_matrix, orientation_loss, orientation_loss_naive, ssd, ssd_recurrent
 
-HERE = Path(__file__).parent
+HERE, DEVICE = Path(__file__).parent, "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (1, 63, 64, 65, 1000)
 
 
@@ -83,7 +93,8 @@ def test_all_forms_of_ssd_agree(L, G, dtype, tolerance):
     q, k, v, a, S = inputs(L=L, G=G, dtype=dtype)
     in_fp64 = [x.double() for x in (q, k, v, a)]
     for state in (None, S):
-        y, last = ssd_recurrent(*in_fp64, state if state is None else state.double(), True)
+        y, last = ssd_recurrent(*in_fp64, state if state is None else state.double(),
+                                return_final_state=True)
         for backend in ("recurrent", "naive", "chunked", "auto"):
             got, got_last = ssd(q, k, v, a, state, return_final_state=True, backend=backend)
             assert got.dtype == dtype, backend
@@ -110,8 +121,8 @@ def test_gradients_are_the_derivatives(backend):
 
     def forward(q, k, v, a, S):
         if backend == "chunked":
-            return ssd_kernel.ssd_chunked(q, k, v, a, S, True, chunk=3)
-        return ssd(q, k, v, a, S, True, backend=backend)
+            return ssd_kernel.ssd_chunked(q, k, v, a, S, return_final_state=True, chunk=3)
+        return ssd(q, k, v, a, S, return_final_state=True, backend=backend)
 
     assert torch.autograd.gradcheck(forward, tensors)
 
@@ -164,6 +175,279 @@ def test_orientation_loss_of_a_student_that_is_right_is_zero_and_pushes_nowhere(
                                   return_size=True)
     loss.backward()
     assert loss == 0 and size == 1 and all(x.grad.abs().max() == 0 for x in tensors)
+
+
+@pytest.mark.parametrize("backend", ["recurrent", "naive", "chunked", "triton"])
+def test_packed_documents_are_the_documents_one_by_one(backend):
+    q, k, v, a, _ = (x.float() for x in inputs(L=200, N=16))
+    cu, S = torch.tensor([0, 1, 70, 134, 200]), torch.randn(2, 4, 4, 16, 16)
+    tensors = [x.to(DEVICE).requires_grad_() for x in (q, k, v, a, S)]
+    y, last = ssd(*tensors, cu, return_final_state=True, backend=backend)
+    grads = torch.autograd.grad((y.square().sum(), last.square().sum()), tensors)
+    for i, (start, end) in enumerate(zip(cu[:-1], cu[1:], strict=True)):
+        alone = [x[:, start:end].detach().double().cpu().requires_grad_() for x in tensors[:4]]
+        alone.append(S[:, i].double().requires_grad_())
+        want, want_last = ssd_recurrent(*alone, return_final_state=True)
+        wanted = torch.autograd.grad((want.square().sum(), want_last.square().sum()), alone)
+        assert rel(y[:, start:end].cpu(), want) < 1e-5 and rel(last[:, i].cpu(), want_last) < 1e-5
+        for got, w in zip(grads, wanted, strict=True):
+            got = (got[:, i] if w.dim() == 4 and w.shape == S[:, i].shape else got[:, start:end])
+            assert rel(got.cpu(), w) < 1e-5 or w.abs().max() == 0       # one token does not fade
+    for wrong in ([0, 70, 70, 200], [0, 100], [1, 200]):
+        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to L = 200"):
+            ssd(*tensors[:4], cu_seqlens=torch.tensor(wrong), backend=backend)
+
+
+# -----------------------------------------------------------------------------
+# the kernels
+
+def outputs_and_gradients(form, tensors, dtype, **more):
+    """[y, S, dq, dk, dv, da, dS0] for a fixed gradient; a and S0 at least in fp32"""
+    to = [x.to(DEVICE, ssd_kernel.wide(dtype) if i > 2 else dtype) for i, x in enumerate(tensors)]
+    to = [x.detach().requires_grad_() for x in to]
+    y, S = form(*to, return_final_state=True, **more)
+    draw = torch.Generator().manual_seed(5)
+    dy, dS = (torch.randn(x.shape, generator=draw).to(x) for x in (y, S))
+    return [y, S, *torch.autograd.grad((y, S), to, (dy, dS))]
+
+
+# An fp32 product of up to 200 terms is off by 1e-7 to 1e-6. At 16 bits each operand is rounded, by
+# 2^-9 / sqrt(3) (bf16) or 2^-12 / sqrt(3) (fp16) RMS, once as an input of the second product and
+# once as an output: 2 to 3 times 1.1e-3 or 1.4e-4. Judged on the same rounded inputs.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 8e-4}
+if DEVICE == "cuda":
+    TOLERANCES[torch.bfloat16] = 4e-3
+SHAPES = {  # L, H, G, N, P, pieces, documents
+    "one token": (1, 2, 2, 16, 16, 1, None),
+    "less than a chunk": (15, 2, 1, 16, 32, 1, None),
+    "64": (64, 2, 2, 32, 16, 1, None),
+    "65": (65, 4, 2, 16, 16, 1, None),
+    "200": (200, 2, 1, 16, 32, 1, None),
+    "in pieces": (200, 1, 1, 16, 16, 3, None),
+    "more pieces than chunks": (70, 1, 1, 16, 16, 4, None),
+    "packed": (200, 2, 1, 16, 16, 1, [0, 3, 67, 131, 200]),
+    "packed, in pieces": (200, 1, 1, 16, 16, 2, [0, 130, 131, 200]),
+    "Phi-Mamba's heads": (70, 1, 1, 64, 64, 1, None),
+    "wide heads": (40, 2, 1, 32, 128, 1, None),
+    "wide states": (40, 1, 1, 128, 64, 1, None),
+}
+if DEVICE == "cuda":
+    SHAPES |= {"Phi-Mamba": (2048, 32, 32, 64, 64, 1, None), "long": (4096, 4, 2, 64, 64, 8, None)}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_triton_form_is_ssd_with_all_its_gradients(shape, dtype):
+    L, H, G, N, P, pieces, documents = SHAPES[shape]
+    tensors, cu = list(inputs(2 if N == 16 else 1, L, H, G, N, P)), None
+    if documents:
+        cu = torch.tensor(documents, device=DEVICE)
+        tensors[4] = torch.randn(2, len(cu) - 1, H, N, P, dtype=torch.float64)
+    tensors = [x.to(dtype) if i < 3 else x for i, x in enumerate(tensors)]
+    got = outputs_and_gradients(ssd_kernel.ssd_triton, tensors, dtype, cu_seqlens=cu,
+                                pieces=pieces)
+    want = outputs_and_gradients(ssd_kernel.ssd_naive, tensors, torch.float64, cu_seqlens=cu)
+    for name, g, w in zip(("y", "S", "dq", "dk", "dv", "da", "dS"), got, want, strict=True):
+        assert rel(g, w) < TOLERANCES[dtype], name
+    again = outputs_and_gradients(ssd_kernel.ssd_triton, tensors, dtype, cu_seqlens=cu,
+                                  pieces=pieces)
+    assert all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """New memory is full of NaN: what a kernel does not write shows."""
+    new, like = torch.Tensor.new_empty, torch.empty_like
+
+    def fill(x):
+        return x.fill_(math.nan) if x.is_floating_point() else x
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **more: fill(new(*args, **more)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **more: fill(like(*args, **more)))
+
+
+@pytest.mark.parametrize("pieces, documents", [(1, None), (3, None), (2, [0, 1, 130, 200])])
+def test_every_element_of_every_output_is_written(poison, pieces, documents):
+    tensors, cu = list(inputs(1, 200, 2, 1, 16, 16)), None
+    assert tensors[0].new_empty(1).isnan()
+    if documents:
+        cu, tensors[4] = torch.tensor(documents), torch.randn(1, 3, 2, 16, 16)
+    for x in outputs_and_gradients(ssd_kernel.ssd_triton, tensors, torch.float32, pieces=pieces,
+                                   cu_seqlens=cu):
+        assert x.isfinite().all()
+    for x in orientation_gradients(orientation_loss, 200, torch.float32, backend="triton"):
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("decay", ["none", "strong", "mixed"])
+def test_extreme_decays_are_finite_in_the_kernels_too(decay):
+    q, k, v, a, S = inputs(1, 130, 2, 1, 16, 16)
+    a = {"none": torch.zeros_like(a), "strong": torch.full_like(a, -30),
+         "mixed": torch.where(a > -0.5, 0.0, -30.0)}[decay]
+    got = outputs_and_gradients(ssd_kernel.ssd_triton, (q, k, v, a, S), torch.float32)
+    want = outputs_and_gradients(ssd_kernel.ssd_naive, (q, k, v, a, S), torch.float64)
+    for g, w in zip(got, want, strict=True):
+        # Of what e^-30 leaves, fp32 keeps nothing beside a 1: there the error counts by itself.
+        assert g.isfinite().all() and (rel(g, w) < 1e-5 or (g - w).abs().max() < 1e-6)
+    for backend in ("triton", "blocked"):
+        for x in orientation_gradients(orientation_loss, 70, torch.float32, a, backend=backend):
+            assert x.isfinite().all()
+
+
+def orientation_gradients(form, L, dtype, a=None, H=4, G=2, G_t=2, N=16, N_t=32, **more):
+    """[loss, dq, dk, da, dD]"""
+    q, k, _, some, _ = inputs(1, L, H, G, N)
+    q_t, k_t = inputs(1, L, H, H, N_t, seed=1)[0], inputs(1, L, H, G_t, N_t, seed=2)[1]
+    a = some if a is None else a[:, :L, :1].expand(1, L, H)
+    D = torch.randn(H, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    q_t, k_t, *student = (x.to(DEVICE, dtype) for x in (q_t, k_t, 0.3 * q, 0.3 * k, a, D))
+    student = [x.detach().requires_grad_() for x in student]
+    loss = form(q_t, k_t, 0.2, *student, **more)
+    return [loss, *torch.autograd.grad(loss, student)]
+
+
+# The loss sums squares of E, and E is a difference of entries known to 1e-7. da is a running sum of
+# L differences.
+@pytest.mark.parametrize("shape", [dict(L=1), dict(L=17, G=4), dict(L=65, G=1, G_t=4),
+                                   dict(L=130, H=2, G=2, G_t=1, N=32, N_t=16)], ids=str)
+def test_orientation_loss_in_tiles_is_the_loss_with_the_matrix(shape):
+    got = orientation_gradients(orientation_loss, dtype=torch.float32, backend="triton", **shape)
+    want = orientation_gradients(orientation_loss_naive, dtype=torch.float64, **shape)
+    for name, g, w in zip(("loss", "dq", "dk", "da", "dD"), got, want, strict=True):
+        assert rel(g, w) < 1e-5 or (name == "da" and shape["L"] == 1 and g.abs().max() == 0), name
+
+
+@pytest.mark.parametrize("G, N, P", [(4, 16, 16), (2, 32, 64), (1, 128, 32)])
+def test_one_step_in_one_kernel_is_one_step(G, N, P):
+    q, k, v, a, S = (x.float().to(DEVICE) for x in inputs(3, 1, 4, G, N, P))
+    got = ssd_kernel.step_triton(q[:, 0], k[:, 0], v[:, 0], a[:, 0], S)
+    want = ssd_recurrent(*(x.double() for x in (q, k, v, a, S)), return_final_state=True)
+    assert rel(got[0], want[0][:, 0]) < 1e-6 and rel(got[1], want[1]) < 1e-6
+
+
+def test_autograd_and_the_compiler_see_through_the_operator():
+    q, k, v, a, S = (x.float().to(DEVICE) for x in inputs(1, 20, 2, 1, 16, 16))
+    cu = torch.tensor([0, 20], dtype=torch.int32, device=DEVICE)
+    leaves = [x.requires_grad_() for x in (q, k, v, a, S[:, None].clone())]
+    torch.library.opcheck(ssd_kernel.ssd_op, (*leaves, cu, True, 1))
+    y, last, doors = ssd_kernel.ssd_op(*leaves, cu, True, 1)
+    torch.library.opcheck(ssd_kernel.ssd_backward_op,
+                          (*(x.detach() for x in (q, k, v, a, cu, doors, y, last)), 1))
+
+    def layer(q, k, v, a):
+        return ssd(q * 2, k, v, a, backend="triton").tanh()
+    compiled = torch.compile(layer, fullgraph=True,
+                             backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    grads = (torch.autograd.grad(f(q, k, v, a).sum(), (q, k, v, a)) for f in (layer, compiled))
+    for want, got in zip(*grads, strict=True):
+        assert rel(got, want) < 1e-6
+
+
+def test_what_the_kernels_cannot_take_is_refused_or_left_to_the_chunked_form():
+    q, k, v, a, _ = (x.float() for x in inputs(N=8))
+    with pytest.raises(ValueError, match="no Triton kernel for N 8, P 16.*'chunked' takes it"):
+        ssd(q, k, v, a, backend="triton")
+    assert rel(ssd(q, k, v, a), ssd_recurrent(q, k, v, a)) < 1e-5
+    with pytest.raises(ValueError, match="no Triton kernel for torch.float64"):
+        ssd(*inputs(N=16)[:4], backend="triton")
+
+
+@pytest.mark.skipif(ssd_kernel.triton is None, reason="Triton is not installed")
+def test_offsets_beyond_32_bits_are_right():
+    """B = 4, L = 65536, H = 32, P = 128: the last tiles lie past 2^31 elements."""
+    tl = ssd_kernel.tl
+
+    @ssd_kernel.jit
+    def probe(x, cu, out, L, H: tl.constexpr, P: tl.constexpr):
+        h, _, row, _, _, hi, state, door = ssd_kernel.share(cu, L, 1, H, 1, 64)
+        at = ssd_kernel.tile(x, row + hi - 16, H, h, 16, P).to(tl.int64) - x.to(tl.int64)
+        out += (tl.program_id(2) * H + h) * 3
+        tl.store(out, tl.max(tl.max(at, 1), 0))
+        at = ssd_kernel.tile(x, (door * H + h) * P, 1, 0, P, P).to(tl.int64) - x.to(tl.int64)
+        tl.store(out + 1, tl.max(tl.max(at, 1), 0))
+        tl.store(out + 2, state)
+
+    B, L, H, P = 4, 65536, 32, 128
+    x, cu = torch.zeros(1, device=DEVICE), torch.tensor([0, L], dtype=torch.int32, device=DEVICE)
+    out = torch.zeros(B, H, 3, dtype=torch.int64, device=DEVICE)
+    probe[(1, H, B)](x, cu, out, L, H, P)
+    for b, h in ((0, 0), (2, 5), (3, 31)):
+        last_row = 4 * ((((b + 1) * L - 1) * H + h) * P + P - 1)                # in bytes
+        door = 4 * (((b * (L // 64 + 1) * H + h) * P + P - 1) * P + P - 1)
+        assert out[b, h].tolist() == [last_row, door, b * H + h]
+    assert 4 * B * L * H * P > 2**31
+
+
+# Ahead of time, with no GPU: every configuration must fit. What ptxas says is read from the binary.
+COMPILED = ((16, 16), (16, 128), (32, 64), (64, 64), (128, 16), (128, 128))     # N, P
+FP32 = ("a", "S0", "S1", "writes", "fades", "dS1", "dS0", "da", "D", "lse", "dA", "sums")
+
+
+def compiled_ahead(job):
+    """(architecture, dtype, N, P) -> [[kernel, columns, chunk, warps, stages, registers, spill in
+    bytes, shared bytes]]"""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import driver
+    arch, dtype, N, P = job
+    torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    W, forward, backward = ssd_kernel.configuration(N, P, torch_dtype, arch)
+    tiles = ssd_kernel.orientation_tiles(N, P, dtype == "fp32", arch)
+    walk = dict(H=32, G=32, N=N, P=W, FP32=dtype == "fp32", PIECES=2, DOOR=ssd_kernel.DOOR)
+    look = dict(H=32, GX=32, GZ=32, G=32, N=N, N_T=P, FP32=dtype == "fp32", FP32_T=dtype == "fp32")
+    kernels = [("forward", forward, walk | {"KEEP": True}), ("backward", backward, walk),
+               ("piece", forward, walk | {"BACKWARD": False}),
+               ("piece", backward, walk | {"BACKWARD": True}),
+               ("orientation", tiles, look | {"ROWS": True}),
+               ("orientation", tiles, look | {"ROWS": False})]
+    tools, rows = Path(driver.__file__).parent / "bin", []
+    for name, (Q, warps, stages), constants in kernels:
+        kernel, constants = getattr(ssd_kernel, f"{name}_kernel"), constants | {"Q": Q}
+        types, aligned = {}, {}
+        for n, x in enumerate(kernel.arg_names):
+            types[x] = ("constexpr" if x in constants else "fp32" if x == "scale" else
+                        "i32" if x in ("L", "n_docs") else "*i32" if x == "cu" else
+                        "*fp32" if x in FP32 else f"*{dtype}")
+            if types[x].startswith("*"):
+                aligned[(n,)] = [["tt.divisibility", 16]]
+        source = triton.compiler.ASTSource(kernel, types, {
+            (kernel.arg_names.index(x),): value for x, value in constants.items()}, aligned)
+        binary = triton.compile(source, target=GPUTarget("cuda", arch, 32),
+                                options={"num_warps": warps, "num_stages": stages})
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file.name],
+                                   capture_output=True, text=True, check=True).stdout
+        registers, spill = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        rows.append([name, W, Q, warps, stages, registers, spill, binary.metadata.shared])
+    return rows
+
+
+def print_the_table(arch):
+    jobs = [(arch, dtype, N, P) for dtype in ("bf16", "fp32") for N, P in COMPILED]
+    print("arch dtype    N    P kernel      columns chunk warps stages registers spill   shared")
+    with concurrent.futures.ProcessPoolExecutor(2) as pool:
+        for job, rows in zip(jobs, pool.map(compiled_ahead, jobs), strict=True):
+            for row in rows:
+                print("{:4} {} {:4} {:4} {:12}{:8}{:6}{:6}{:7}{:10}{:6}{:9}".format(*job, *row))
+
+
+@pytest.mark.skipif(ssd_kernel.triton is None, reason="Triton is not installed")
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_configuration_compiles_ahead_of_time_and_fits(arch):
+    import triton
+    if arch == 100 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        pytest.skip(f"the compiler of Triton {triton.__version__} crashes on sm_100")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, __file__, str(arch)], capture_output=True, text=True,
+                            env=env)
+    print(result.stdout, result.stderr)
+    rows = [line.split() for line in result.stdout.splitlines()[1:]]
+    assert len(rows) == 2 * len(COMPILED) * 6, result.stderr[-2000:]
+    for row in rows:
+        *_, registers, spill, shared = map(int, row[5:])
+        assert registers <= 255 and spill == 0, row
+        assert shared <= (99 if arch == 80 else 227) * 1024, row
 
 
 # -----------------------------------------------------------------------------
@@ -986,3 +1270,7 @@ def test_every_command_in_the_readme_and_the_headers_parses():
             prepare.parse(rest)
         else:
             assert program == "-m" or (HERE / program).is_file(), command
+
+
+if __name__ == "__main__":
+    print_the_table(int(sys.argv[1]))
