@@ -39,7 +39,7 @@ from tqdm import tqdm
 from model_ssm import SSM, UsageError
 from model_teacher import TINY, Teacher, compare, train_tiny
 from prepare import Parser, Tokenizer, Tokens, count, load_or_prepare, run_program
-from ssd_kernel import orientation_loss
+from ssd_kernel import orientation_loss, ssd_path
 
 LOGITS_AT_ONCE = 2**26      # entries of a (tokens, V) map that stage 3 makes at once, in fp32
 
@@ -245,7 +245,7 @@ class Run:
         self.device, bf16, why = choose_device(args.device)
         self.autocast = lambda: torch.autocast(self.device, torch.bfloat16, enabled=bf16)
         print(f"device {self.device} ({why}) | weights and stage 1 in fp32, stages 2 and 3 "
-              f"{'autocast to bf16' if bf16 else 'in fp32'} | SSD in PyTorch, chunked")
+              f"{'autocast to bf16' if bf16 else 'in fp32'} | SSD in {ssd_path(self.device)}")
 
     def open_log(self, stages):
         """Lines of other stages stay: a student distilled stage by stage has one log."""

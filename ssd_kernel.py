@@ -578,6 +578,11 @@ def not_for_triton(v, N):
         return f"there is no Triton kernel for {v.dtype}"
 
 
+def ssd_path(device):
+    """What ssd() runs on this device, in words, for head widths among SIZES"""
+    return "Triton" if torch.device(device).type == "cuda" and triton else "PyTorch, chunked"
+
+
 def architecture(v):
     """90 for Hopper; where there is no GPU, that of the interpreter's pretence"""
     major, minor = torch.cuda.get_device_capability(v.device) if v.is_cuda else (9, 0)
