@@ -60,9 +60,9 @@ except ImportError:                     # not on this platform: the forms in PyT
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# orientation_loss looks at so many entries of M at once: 4 MB in fp32, which a cache holds.
-TILE = 2**20
-STRETCH = 2**18                         # and ssd_chunked at so many of q, k or v
+# What a CPU looks at at once, so that its cache holds it, in numbers:
+TILE = 2**20                            # of M, in orientation_loss
+STRETCH = 2**18                         # of q, k or v, in ssd_chunked
 
 
 def ssd(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_state=False,
@@ -525,7 +525,7 @@ def step_kernel(q, k, v, a, S, y, S1, H: tl.constexpr, G: tl.constexpr, N: tl.co
 def configuration(N, P, dtype, arch):
     """-> columns of v per program; (chunk, warps, pipeline stages) of forward and of backward
 
-    Chosen so that nothing spills: `python ssd_kernel.py --compile` prints what each one takes.
+    Chosen so that nothing spills: `python test_ssd.py 90` prints what each takes on sm_90.
     """
     if dtype == torch.float32:
         tiles = 16, 8 if N > 64 else 4, 1
@@ -551,16 +551,20 @@ def ssd_triton(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_sta
         raise ValueError(f"{why}: backend 'chunked' takes it")
     W = configuration(N, P, v.dtype, architecture(v))[0]
     parts = P // W                      # wide heads are several, with the same q, k, a
-    cu = (torch.arange(0, L + 1, L, dtype=torch.int32, device=v.device) if cu_seqlens is None
-          else cu_seqlens.to(v.device, torch.int32))
+    if cu_seqlens is None:
+        cu = torch.arange(0, L + 1, L, dtype=torch.int32, device=v.device)
+    else:
+        if not torch.compiler.is_compiling():           # looking waits for the GPU
+            boundaries(cu_seqlens, L)
+        cu = cu_seqlens.to(v.device, torch.int32)
     n_docs = len(cu) - 1
     S = (v.new_zeros(B, n_docs, H, N, P, dtype=torch.float32) if initial_state is None
          else initial_state.float().reshape(B, n_docs, H, N, P))
     S = S.unflatten(-1, (parts, W)).transpose(-3, -2).flatten(2, 3)     # (B, n, H parts, N, W)
     q, k, a = q.to(v.dtype), k.to(v.dtype), a.float().repeat_interleave(parts, dim=2)
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, a, S))
-    y, S, _ = ssd_op(q, k, v.reshape(B, L, H * parts, W), a, S, cu, keep,
-                     pieces or pieces_of(v, parts * n_docs))
+    inputs = [x.contiguous() for x in (q, k, v.reshape(B, L, H * parts, W), a, S)]
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    y, S, _ = ssd_op(*inputs, cu, keep, pieces or pieces_of(v, parts * n_docs))
     S = S.unflatten(2, (H, parts)).transpose(-3, -2).flatten(-2)        # (B, n, H, N, P)
     y, S = y.reshape(B, L, H, P), S[:, 0] if cu_seqlens is None else S
     return (y, S) if return_final_state else y
@@ -631,9 +635,7 @@ def step_triton(q, k, v, a, S):
                          "Tensor a, Tensor S, Tensor cu, bool keep, int pieces) -> "
                          "(Tensor, Tensor, Tensor)")
 def ssd_op(q, k, v, a, S, cu, keep, pieces):
-    """-> y, the last S, and S at the doors if they are to be kept for the backward"""
-    boundaries(cu, v.shape[1])
-    q, k, v, a, S = (x.contiguous() for x in (q, k, v, a, S))
+    """-> y, the last S, and S at the doors if they are to be kept for the backward. Contiguous."""
     tiles = configuration(q.shape[-1], v.shape[-1], v.dtype, architecture(v))[1]
     y, S1, doors = outputs = ssd_outputs(q, k, v, a, S, cu, keep, pieces)
     writes, fades = sums_of_pieces(k, v, a, cu, S, tiles, pieces, False)
@@ -653,7 +655,7 @@ def ssd_outputs(q, k, v, a, S, cu, keep, pieces):
                          "Tensor v, Tensor a, Tensor cu, Tensor doors, Tensor dy, Tensor dS, "
                          "int pieces) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 def ssd_backward_op(q, k, v, a, cu, doors, dy, dS, pieces):
-    q, k, v, a, dy, dS = (x.contiguous() for x in (q, k, v, a, dy, dS))
+    dy, dS = dy.contiguous(), dS.contiguous()
     (B, L, H, _), (G, N) = v.shape, q.shape[2:]
     tiles = configuration(N, v.shape[-1], v.dtype, architecture(v))[2]
     dv, da, dS0 = v.new_empty(v.shape), a.new_empty(a.shape), dS.new_empty(dS.shape)
@@ -895,6 +897,12 @@ def mamba_ssm(q, k, v, a):
     return kernels(v / -a[..., None].to(v.dtype), -a, a.new_full(a.shape[2:], -1.0), k, q, 128)
 
 
+def minimal(q, k, v, a):
+    """The authors' chunked form in PyTorch."""
+    from mamba_ssm.modules.ssd_minimal import ssd_minimal_discrete
+    return ssd_minimal_discrete(v, a, k, q, 64)[0]
+
+
 def fla(q, k, v, a):
     from fla.ops.simple_gla import chunk_simple_gla
     return chunk_simple_gla(q, k, v, g=a, scale=1.0)[0]
@@ -902,7 +910,8 @@ def fla(q, k, v, a):
 
 WIDTHS = {"L": 6, "B": 4, "form": 18}
 FORMS = {"naive": ssd_naive, "chunked": ssd_chunked, "triton": ssd_triton,
-         "attention, flash": flash_attention, "mamba_ssm": mamba_ssm, "fla": fla}
+         "attention, flash": flash_attention, "mamba_ssm": mamba_ssm, "its minimal": minimal,
+         "fla": fla}
 
 
 def milliseconds(run, device):
