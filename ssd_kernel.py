@@ -1013,13 +1013,13 @@ def main(arguments=None):
         for case in cases:
             try:
                 row = measure(*case, device, copy)
-            except (ImportError, ValueError, RuntimeError) as why:      # no such package, no memory
+            except Exception as why:        # not installed, not for this device, out of memory
                 missing.setdefault(case[0], f"{type(why).__name__}: {why}".split("\n")[0])
                 continue
             if not rows:
-                print("".join(f"{key:>{WIDTHS.get(key, 11)}}" for key in row))
+                print("".join(f"{key:>{WIDTHS.get(key, 13)}}" for key in row))
             rows.append(row)
-            print("".join(f"{value:>{WIDTHS.get(key, 11)}{form}}" for (key, value), form in zip(
+            print("".join(f"{value:>{WIDTHS.get(key, 13)}{form}}" for (key, value), form in zip(
                 row.items(), ("", "", "", ".3f", ".3f", ".3f", ".3f", ".1%", ",.0f", ".1e"),
                 strict=True)), flush=True)
     for form, why in missing.items():
