@@ -966,30 +966,38 @@ def orientation_cases(lengths, tokens, H, dtype, device):
 
 
 def measure(form, function, leaves, dy, least, want, device, copy):
-    """-> one row of the table; raises what `function` does"""
-    y = function(*leaves)
-    error = math.nan if want is None else rel(y.detach()[:1, :, :2], want)
-    backward = milliseconds(
-        lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True, allow_unused=True),
-        device)
-    with torch.no_grad():
-        forward = milliseconds(lambda: function(*leaves), device)
-    peak = math.nan
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        torch.autograd.grad(function(*leaves), leaves, dy, allow_unused=True)
-        peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-    return {"L": leaves[0].shape[1], "B": len(leaves[0]), "form": form, "forward ms": forward,
-            "backward ms": backward, "both ms": forward + backward, "least GB": least / 1e9,
-            "of copying": least / 1e6 / copy / (forward + backward), "peak MB": peak,
-            "error": error}
+    """-> one row of the table, and what kept it from having all its figures, if anything did"""
+    def backward(y):
+        return torch.autograd.grad(y, leaves, dy, retain_graph=True, allow_unused=True)
+
+    forward_ms = backward_ms = peak = error = math.nan
+    wrong = None
+    try:
+        with torch.no_grad():
+            y = function(*leaves)
+            error = math.nan if want is None else rel(y[:1, :, :2], want)
+            forward_ms = milliseconds(lambda: function(*leaves), device)
+        y = function(*leaves)
+        backward_ms = milliseconds(lambda: backward(y), device)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            backward(function(*leaves))
+            peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    except Exception as why:                # not installed, not for this device, out of memory
+        wrong = f"{type(why).__name__}: {why}".split("\n")[0]
+    both = forward_ms + backward_ms
+    return {"L": leaves[0].shape[1], "B": len(leaves[0]), "form": form, "forward ms": forward_ms,
+            "backward ms": backward_ms, "both ms": both, "least GB": least / 1e9,
+            "of copying": least / 1e6 / copy / both, "peak MB": peak, "error": error}, wrong
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", help="also write what was measured to this file")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens in a row [512 ... 65536]")
+    parser.add_argument("--tokens", type=int, help="tokens in all [16,384 on a GPU, else 4,096]")
+    parser.add_argument("--orientation_lengths", type=int, nargs="+", default=[512, 1024, 2048])
     args, cuda = parser.parse_args(arguments), torch.cuda.is_available()
     device, H, tokens, dtype = (("cuda", 32, 2**14, torch.bfloat16) if cuda
                                 else ("cpu", 8, 2**12, torch.float32))
@@ -1000,21 +1008,21 @@ def main(arguments=None):
              "H": H, "G": H, "P": 64, "N": 64,
              "torch": torch.__version__, "triton": triton and triton.__version__}
     print(" | ".join(f"{key} {value}" for key, value in about.items()))
-    setting = H, dtype, device
+    setting, tokens = (H, dtype, device), args.tokens or tokens
     lengths = args.lengths or [2**n for n in range(9, 17)]
     tables = {"SSD": ssd_cases(lengths, tokens, *setting),
               "SSD, one row: one program for each head, and enough to fill the GPU":
                   piece_cases(lengths, *setting) if cuda else (),
-              "orientation loss": orientation_cases((512, 1024, 2048), tokens, *setting)}
-    missing = {}
+              "orientation loss": orientation_cases(args.orientation_lengths, tokens, *setting)}
+    left_out = about["left out"] = {}
     for title, cases in tables.items():
-        print(f"\n{title}")
+        print(f"\n{title}" + ("" if cases else ": on a GPU only"))
         about[title] = rows = []
         for case in cases:
-            try:
-                row = measure(*case, device, copy)
-            except Exception as why:        # not installed, not for this device, out of memory
-                missing.setdefault(case[0], f"{type(why).__name__}: {why}".split("\n")[0])
+            row, wrong = measure(*case, device, copy)
+            if wrong:
+                left_out.setdefault(f"{row['form']}, L {row['L']}", wrong)
+            if math.isnan(row["forward ms"]):
                 continue
             if not rows:
                 print("".join(f"{key:>{WIDTHS.get(key, 13)}}" for key in row))
@@ -1022,11 +1030,12 @@ def main(arguments=None):
             print("".join(f"{value:>{WIDTHS.get(key, 13)}{form}}" for (key, value), form in zip(
                 row.items(), ("", "", "", ".3f", ".3f", ".3f", ".3f", ".1%", ",.0f", ".1e"),
                 strict=True)), flush=True)
-    for form, why in missing.items():
-        print(f"left out: {form}, {why}")
+    print()
+    for form, why in left_out.items():
+        print(f"left out: {form}: {why}")
     if args.json:
         with open(args.json, "w") as file:
-            json.dump(about | {"left out": missing}, file, indent=1)
+            json.dump(about, file, indent=1)
 
 
 def rel(got, want):

@@ -342,13 +342,25 @@ def test_autograd_and_the_compiler_see_through_the_operator():
         assert rel(got, want) < 1e-6
 
 
+def test_the_benchmark_measures_says_what_it_left_out_and_writes_it_down(tmp_path, capsys):
+    ssd_kernel.main(["--lengths", "16", "--orientation_lengths", "16", "--tokens", "16",
+                     "--json", str(tmp_path / "kernels.json")])
+    printed, written = capsys.readouterr().out, json.loads((tmp_path / "kernels.json").read_text())
+    forms = {row["form"]: row for row in written["SSD"]}
+    assert forms["chunked"]["error"] < (1e-5 if DEVICE == "cpu" else 1e-2)
+    assert forms["chunked"]["both ms"] > 0 and forms["chunked"]["least GB"] > 0
+    for form in ssd_kernel.FORMS:
+        assert form in forms or f"left out: {form}, L 16: " in printed
+    assert {row["form"] for row in written["orientation loss"]} == {"naive", "tiles"}
+
+
 def test_what_the_kernels_cannot_take_is_refused_or_left_to_the_chunked_form():
-    q, k, v, a, _ = (x.float() for x in inputs(N=8))
+    q, k, v, a, _ = (x.float().to(DEVICE) for x in inputs(N=8))
     with pytest.raises(ValueError, match="no Triton kernel for N 8, P 16.*'chunked' takes it"):
         ssd(q, k, v, a, backend="triton")
     assert rel(ssd(q, k, v, a), ssd_recurrent(q, k, v, a)) < 1e-5
     with pytest.raises(ValueError, match="no Triton kernel for torch.float64"):
-        ssd(*inputs(N=16)[:4], backend="triton")
+        ssd(*(x.to(DEVICE) for x in inputs(N=16)[:4]), backend="triton")
 
 
 @pytest.mark.skipif(ssd_kernel.triton is None, reason="Triton is not installed")
@@ -1273,4 +1285,4 @@ def test_every_command_in_the_readme_and_the_headers_parses():
 
 
 if __name__ == "__main__":
-    print_the_table(int(sys.argv[1]))
+    print_the_table(int((sys.argv[1:] or [90])[0]))
