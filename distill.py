@@ -13,18 +13,23 @@ Feed the student X, ask both models the same question, shrink the distance betwe
 
 Each stage starts from the one before and leaves a model folder, out/<run>/stage<N>. What is not a
 mixer is copied from the teacher at the start. A budget is a number of tokens. Progress goes to
-out/<run>/log.jsonl, one object per line; the table at the end also to out/<run>/report.md.
+out/<run>/log.jsonl, one object per line; the table at the end also to out/<run>/report.md. A run
+that was stopped or killed goes on when the same command is given again, and ends with the same
+weights.
 
-It leaves out: several GPUs, and taking up a stage that was stopped half-way.
+It leaves out: several GPUs.
 
 [1] MOHAWK, arXiv 2408.10189
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import platform
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +38,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -129,20 +136,27 @@ def train(name, losses, parts, student, teacher, data, at, run, plan):
                                   betas=tuple(args.betas), fused=True)
     autocast = contextlib.nullcontext if losses is matrices else run.autocast
     steps, accumulate = plan.tokens // plan.batch, plan.batch // (B * L)
+    first, before = run.saved.restore(name, student, learn, optimizer)  # done before a kill
+    at += first * accumulate * B
+    run.open_log(name, first)
     print(f"{name} | {describe_learners(learn, student)}")
     print(f"{name} | {steps * plan.batch:,} tokens = {steps:,} steps x {plan.batch:,} "
           f"(batch {B} x length {L} x accumulate {accumulate})")
-    start = time.perf_counter()
+    start, saved, seconds = time.perf_counter() - before, time.perf_counter(), before
     bar = tqdm(total=steps * plan.batch, desc=name, unit=" tokens", unit_scale=True,
-               mininterval=0.5)
+               mininterval=0.5, initial=first * plan.batch)
 
-    for step in range(steps):
+    for step in range(first, steps):
         # learn -----------------------------------------------------------
         lr = plan.lr * wsd(step, steps, args.warmup, args.decay)
         for group in optimizer.param_groups:
             group["lr"] = lr
         answers = []
         for _ in range(accumulate):
+            if run.stop:                    # between steps: what is unfinished of this one is lost
+                if step:
+                    run.saved.save(name, step, seconds, student, learn, optimizer)
+                raise Stopped(run.stop, f"{name}, after {step} of {steps} steps")
             tokens = data.batch(at, B, L)[:, :-1].to(run.device)        # (B, L)
             at += B
             with autocast():
@@ -152,8 +166,9 @@ def train(name, losses, parts, student, teacher, data, at, run, plan):
         gnorm = torch.nn.utils.clip_grad_norm_(learn.values(), args.clip).item()
         loss, left = torch.stack(answers).mean(0).tolist()
         if not math.isfinite(loss + gnorm):
-            raise UsageError(f"{name} step {step + 1}: loss {loss}, gradient norm {gnorm}; "
-                             "nothing was saved, try a lower --lr")
+            raise UsageError(f"{name} step {step + 1}, windows {at - accumulate * B} to {at - 1}: "
+                             f"loss {loss}, gradient norm {gnorm}; these weights were not saved, "
+                             "try a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
         for rows, kept in held:
@@ -161,15 +176,21 @@ def train(name, losses, parts, student, teacher, data, at, run, plan):
 
         # tell ------------------------------------------------------------
         seen, seconds = (step + 1) * plan.batch, time.perf_counter() - start
+        speed = seen / seconds
         bar.update(plan.batch)
         bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         run.log({"stage": name, "step": step + 1, "loss": loss, "left": left, "lr": lr,
-                 "gnorm": gnorm, "tokens": seen, "tok_s": seen / seconds})
+                 "gnorm": gnorm, "tokens": seen, "tok_s": speed})
         if (step + 1) % max(1, steps // 8) == 0 or step + 1 == steps:
             bar.write(f"{name} step {step + 1:5}/{steps} | loss {loss:9.4f} | left {left:7.1%} | "
                       f"lr {lr:.1e} | gnorm {gnorm:8.3f} | {seen / 1e6:.2f}M tokens | "
-                      f"{seen / seconds:,.0f} tok/s | {clock(seconds / seen * (bar.total - seen))} "
+                      f"{speed:,.0f} tok/s | {clock((bar.total - seen) / speed)} "
                       "to go", file=sys.stdout)
+
+        # keep ------------------------------------------------------------
+        if time.perf_counter() - saved > 60 * args.save_minutes or step + 1 == steps:
+            run.saved.save(name, step + 1, seconds, student, learn, optimizer)
+            saved = time.perf_counter()
     bar.close()
     student.requires_grad_(True)
     return time.perf_counter() - start
@@ -242,18 +263,33 @@ class Run:
 
     def __init__(self, args):
         self.args, self.folder = args, Path(args.out or f"out/{args.preset}")
+        self.stop, self.saved = None, Saved(self.folder / "last")
         self.device, bf16, why = choose_device(args.device)
         self.autocast = lambda: torch.autocast(self.device, torch.bfloat16, enabled=bf16)
         print(f"device {self.device} ({why}) | weights and stage 1 in fp32, stages 2 and 3 "
               f"{'autocast to bf16' if bf16 else 'in fp32'} | SSD in {ssd_path(self.device)}")
 
-    def open_log(self, stages):
-        """Lines of other stages stay: a student distilled stage by stage has one log."""
+    def begin(self, teacher, data_folder):
+        """A new run: nothing of an old one may be taken for it."""
+        shutil.rmtree(self.saved.folder, ignore_errors=True)
+        self.saved.folder.mkdir(parents=True)
+        for name in [f"stage {stage}" for stage in self.args.stage] + ["stage 3 only",
+                                                                       "from scratch"]:
+            self.open_log(name, 0)
+        self.describe(teacher, data_folder)
+
+    def open_log(self, name, steps):
+        """Of this stage's lines the first `steps` stay, of other stages all: a student distilled
+        stage by stage has one log."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "log.jsonl"
         old = path.read_text().splitlines(keepends=True) if path.exists() else []
         self.file = open(path, "w")
-        self.file.writelines(line for line in old if json.loads(line)["stage"] not in stages)
+        for line in old:
+            event = json.loads(line) if line.endswith("\n") else {"stage": name, "step": math.inf}
+            if event["stage"] != name or event["step"] <= steps:    # a kill cut a line with no end
+                self.file.write(line)
+        self.file.flush()
 
     def log(self, event):
         self.file.write(json.dumps(event) + "\n")
@@ -272,6 +308,134 @@ class Run:
                  "versions": {"python": platform.python_version(), "torch": torch.__version__,
                               "transformers": transformers.__version__}}
         (self.folder / "run.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def stopping(run):
+    """Within, SIGTERM and Ctrl-C only set run.stop."""
+    def note(number, frame):
+        run.stop = number
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Stopped(SystemExit):
+    """SIGTERM or Ctrl-C, after what was done is saved"""
+
+    def __init__(self, number, where):
+        print(f"\nstopped by {signal.Signals(number).name} in {where}: "
+              "the same command goes on from here", file=sys.stderr)
+        super().__init__(128 + number)
+
+
+class Saved:
+    """What a stopped run needs to go on, in out/<run>/last; gone when the run ends.
+
+    run.json            the recipe, the stages that are finished, the report so far
+    <stage>-<step>/     state.safetensors: weights, and AdamW's moments of what learns
+                        state.json: its SHA-256. The newest two are kept.
+    The learning rate and the data are functions of the step, and nothing else is random.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.finished, self.rows = folder, [], {}
+
+    def look(self, recipe, fresh):
+        """What is here of an unfinished run, which must be of this recipe. Changes no file."""
+        self.recipe, path = json.loads(json.dumps(recipe)), self.folder / "run.json"
+        if fresh or not path.exists():
+            return
+        about = json.loads(path.read_text())
+        was, now = about["recipe"], self.recipe
+        changed = [f"{key} was {was.get(key)}, is {now.get(key)}"
+                   for key in was | now if was.get(key) != now.get(key)]
+        if changed:
+            raise UsageError(f"{self.folder} holds an unfinished run of another recipe "
+                             f"({'; '.join(changed)}): give its command to go on with it, "
+                             "or --fresh to start over")
+        self.finished, self.rows = about["finished"], about["rows"]
+
+    def note(self, stage=None, **rows):
+        """A stage is finished, or a row of the report is known."""
+        self.finished += [stage] if stage else []
+        self.rows |= rows
+        about = {"recipe": self.recipe, "finished": self.finished, "rows": self.rows}
+        partial = self.folder / ".run.json"
+        partial.write_text(json.dumps(about, indent=1) + "\n")
+        partial.replace(self.folder / "run.json")
+        for state in self.states(f"stage {stage}"):     # its model folder is what counts now
+            shutil.rmtree(state)
+
+    def states(self, name):
+        """Folders of this stage's states, newest first"""
+        found = self.folder.glob(f"{name}-*")
+        return sorted(found, key=lambda path: -int(path.name.rpartition("-")[2]))
+
+    def save(self, name, step, seconds, student, learn, optimizer):
+        tensors = {f"weights.{key}": p.detach() for key, p in student.named_parameters()}
+        for key, p in learn.items():
+            tensors |= {f"{moment}.{key}": optimizer.state[p][moment]
+                        for moment in ("exp_avg", "exp_avg_sq") if p in optimizer.state}
+        partial, folder = self.folder / ".partial", self.folder / f"{name}-{step}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            save_file(tensors, partial / "state.safetensors")
+            with safe_open(partial / "state.safetensors", "pt") as file:
+                if not all(torch.equal(file.get_tensor(key), x.cpu())
+                           for key, x in tensors.items()):
+                    raise OSError("what was read back is not what was written")
+            about = {"step": step, "seconds": seconds,
+                     "sha256": sha256(partial / "state.safetensors")}
+            (partial / "state.json").write_text(json.dumps(about))
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        except Exception as error:          # a full disk is an error of half a dozen types
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UsageError(f"{folder} could not be saved ({error}); the state before it is kept: "
+                             "make room, and the same command goes on from there") from error
+        for old in self.states(name)[2:]:
+            shutil.rmtree(old)
+
+    def restore(self, name, student, learn, optimizer):
+        """Load the newest state of this stage that is whole. -> steps done, seconds taken"""
+        for folder in self.states(name):
+            try:
+                about = json.loads((folder / "state.json").read_text())
+                if sha256(folder / "state.safetensors") != about["sha256"]:
+                    raise ValueError("its checksum differs")
+            except (OSError, ValueError, KeyError) as error:
+                print(f"{name} | {folder} is damaged ({error}): it is left out")
+                continue
+            with safe_open(folder / "state.safetensors", "pt") as file, torch.no_grad():
+                for key, p in student.named_parameters():
+                    p.copy_(file.get_tensor(f"weights.{key}"))
+                for key, p in learn.items():
+                    optimizer.state[p] = {"step": torch.tensor(float(about["step"]))} | {
+                        moment: file.get_tensor(f"{moment}.{key}").to(p.device)
+                        for moment in ("exp_avg", "exp_avg_sq")}
+            print(f"{name} | goes on from {folder}")
+            return about["step"], about["seconds"]
+        return 0, 0.0
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def recipe_of(args, teacher, data):
+    """What must be the same for a run to go on; where it is written and when is not part of it."""
+    apart = ("out", "device", "fresh", "save_minutes", "preset", "tokens", "batch", "lr", "plans",
+             "micro_batch", "stage")
+    plans = {f"stage {stage} {key}": value for stage, plan in args.plans.items()
+             for key, value in vars(plan).items()}
+    return {key: value for key, value in vars(args).items() if key not in apart} | plans | {
+        "teacher's weights": teacher.fingerprint, "data's checksums": data.fingerprint}
 
 
 def choose_device(asked):
@@ -341,7 +505,7 @@ def main(arguments=None):
     data_folder = load_or_prepare(args.data, tokenizer, args.config, total)
     data, held_out = Tokens(data_folder, "train", args.seed), Tokens(data_folder, "val")
     if args.teacher == "tiny" and not TINY.exists():
-        run.open_log(["teacher"])
+        run.open_log("teacher", 0)
         train_tiny(Tokens(data_folder, "train", seed=0), tokenizer, run.log, args.teacher_tokens,
                    run.device, run.autocast)
     teacher = Teacher.load(args.teacher, run.device,
@@ -354,50 +518,64 @@ def main(arguments=None):
           f"data {data_folder}: {len(data):,} tokens, this run reads {total / len(data):.2f} of it")
     windows = held_out.windows(max(1, args.eval_tokens // args.context), args.context)
 
-    previous, rows = None, {"teacher": compare(teacher, teacher, windows)}
-    for stage in args.stage:
+    saved = run.saved
+    saved.look(recipe_of(args, teacher, data), args.fresh)
+    todo, previous = [stage for stage in args.stage if stage not in saved.finished], None
+    for stage in saved.finished:
+        print(f"stage {stage} | was finished before: {run.folder}/stage{stage}")
+        previous = stage
+    for stage in todo:
         student, about = starting_student(stage, run, teacher, previous)
         student.to(run.device)
-        if previous is None:                # from here on files change: all refusals are behind us
-            run.open_log([f"stage {s}" for s in args.stage] + ["stage 3 only", "from scratch"])
-            run.describe(teacher, data_folder)
-        if about["tokens"] == 0:
-            rows["copied"] = compare(student, teacher, windows) | about
+        if not saved.rows:                  # from here on files change: all refusals are behind us
+            run.begin(teacher, data_folder)
+            saved.note(teacher=compare(teacher, teacher, windows))
+        if about["tokens"] == 0 and "copied" not in saved.rows:
+            saved.note(copied=compare(student, teacher, windows) | about)
         (losses, parts), plan = STAGES[stage], args.plans[stage]
         print(f"\nstage {stage} of 3 | {losses.__doc__}")
-        seconds = train(f"stage {stage}", losses, parts, student, teacher, data,
-                        about["tokens"] // args.context, run, plan)
+        with stopping(run):
+            seconds = train(f"stage {stage}", losses, parts, student, teacher, data,
+                            about["tokens"] // args.context, run, plan)
         row = compare(student, teacher, windows) | {
             "tokens": about["tokens"] + plan.tokens // plan.batch * plan.batch,
             "seconds": about["seconds"] + seconds}
         folder = run.folder / f"stage{stage}"
         student.save_pretrained(folder, stage=stage, teacher=teacher.name,
                                 teacher_fingerprint=teacher.fingerprint, **row)
+        saved.note(stage)
         print(f"stage {stage} | saved {folder} | {describe(row)}")
         previous = stage
+    rows = {name: row for name, row in saved.rows.items() if name in ("teacher", "copied")}
     for stage in range(1, previous + 1):    # earlier stages of this student are read from disk
         if (run.folder / f"stage{stage}").exists():
             rows[f"stage {stage}"] = read_about(run.folder / f"stage{stage}")
     if args.controls:
         rows |= controls(run, teacher, data, windows, rows[f"stage {previous}"]["tokens"])
     report(run, rows)
+    shutil.rmtree(saved.folder)
 
 
 def controls(run, teacher, data, windows, tokens):
     """The same tokens spent on stage 3 alone, and on the text with no teacher. -> two rows"""
-    rows, last = {}, run.args.plans[run.args.stage[-1]]
+    last = run.args.plans[run.args.stage[-1]]
     plan = argparse.Namespace(**vars(last) | {"tokens": tokens,
                                               "lr": run.args.control_lr or last.lr})
-    for name, losses in (("stage 3 only", predictions), ("from scratch", next_tokens)):
+    names = {"stage 3 only": predictions, "from scratch": next_tokens}
+    for name, losses in names.items():
+        if name in run.saved.rows:
+            continue
         print(f"\n{name} | {losses.__doc__}")
         student = copy_of_teacher(run, teacher)
         if losses is next_tokens:
             student = SSM(student.config)
-        seconds = train(name, losses, ("everything",), student.to(run.device), teacher, data, 0,
-                        run, plan)
-        rows[name] = compare(student, teacher, windows) | {"tokens": tokens, "seconds": seconds}
-        print(f"{name} | {describe(rows[name])}")
-    return rows
+        with stopping(run):
+            seconds = train(name, losses, ("everything",), student.to(run.device), teacher, data,
+                            0, run, plan)
+        row = compare(student, teacher, windows) | {"tokens": tokens, "seconds": seconds}
+        run.saved.note(**{name: row})
+        print(f"{name} | {describe(row)}")
+    return {name: run.saved.rows[name] for name in names}
 
 
 def describe(row):
@@ -449,6 +627,8 @@ def parse(arguments=None):
     add("--betas", type=float, nargs=2, default=(0.9, 0.95), help="AdamW's [0.9 0.95]")
     add("--weight_decay", type=float, default=0.1, help="of matrices [%(default)s]")
     add("--clip", type=float, default=1.0, help="largest gradient norm [%(default)s]")
+    add("--save_minutes", type=float, default=10, help="between two states to go on from [10]")
+    add("--fresh", action="store_true", help="start over, where an unfinished run lies")
     add("--seed", type=int, default=0, help="of new weights and of data order [%(default)s]")
     add("--device", default="auto", help="cuda, cpu or mps [%(default)s]")
     # to compare with

@@ -345,6 +345,7 @@ class Tokens:
                 raise UsageError(f"{path} is damaged (its checksum differs): "
                                  f"delete {folder} and prepare it again")
             self.shards.append(data)
+        self.fingerprint = [shard["crc32"] for shard in self.meta[split].values()]
         self.permutations = {}
 
     def __len__(self):

@@ -21,10 +21,13 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import tracemalloc
+import types
 from pathlib import Path
 
 import numpy as np
@@ -1032,6 +1035,10 @@ def test_kl_in_parts_is_kl_and_has_its_gradient(monkeypatch):
 class Scratch:
     """What train() needs of a Run, with nothing written."""
     device, autocast = "cpu", staticmethod(lambda: torch.autocast("cpu", enabled=False))
+    stop, saved = None, types.SimpleNamespace(restore=lambda *_: (0, 0.0), save=lambda *_: None)
+
+    def open_log(self, name, steps):
+        pass
 
     def __init__(self, *flags, stage=1):
         self.args = distill.parse(["--preset", "tiny", "--stage", str(stage), "--context", "32",
@@ -1097,7 +1104,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_a_weight_changes(data_
     with torch.no_grad():
         student.lm_head.bias[3] = torch.nan
     before = student.layers[0].mixer.in_proj.weight.clone()
-    with pytest.raises(UsageError, match="step 1: loss nan"):
+    with pytest.raises(UsageError, match="step 1, windows 0 to 3: loss nan"):
         distill.train("test", *distill.STAGES[3], student, teacher, Tokens(data_folder), 0,
                       scratch, scratch.plan)
     assert torch.equal(student.layers[0].mixer.in_proj.weight, before)
@@ -1191,6 +1198,121 @@ def test_the_distances_of_a_kept_layer_are_zero():
     assert rows[0]["matrix"] is None and rows[0]["drift"] < 1e-5
     assert all(rows[i][name] > 0.1 for i in (1, 2) for name in ("matrix", "block", "drift"))
 
+
+# -----------------------------------------------------------------------------
+# stopped runs
+
+LONGER = ("--batch", "64", "--tokens", "512", "1024", "1024", "--save_minutes", "0", "--seed", "3")
+
+
+@pytest.fixture(scope="session")
+def a_longer_run(tmp_path_factory, teacher_folder, data_folder):
+    """-> what its three stages weigh and what its log says, never stopped"""
+    out = tmp_path_factory.mktemp("out") / "run"
+    distill.main(flags(out, teacher_folder, data_folder, *LONGER))
+    return end_of(out)
+
+
+def end_of(out):
+    weights = [load_file(out / f"stage{stage}" / "model.safetensors") for stage in (1, 2, 3)]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return weights, [(e["stage"], e["step"], e["loss"], e["lr"]) for e in log]
+
+
+def same_end(one, other):
+    return one[1] == other[1] and all(torch.equal(x[name], y[name]) for x, y in
+                                      zip(one[0], other[0], strict=True) for name in x)
+
+
+def test_a_run_killed_at_any_point_goes_on_and_ends_with_the_same_bits(
+        tmp_path, teacher_folder, data_folder, a_longer_run, capsys):
+    command = flags(tmp_path / "run", teacher_folder, data_folder, *LONGER)
+    for lines, kill in ((3, signal.SIGKILL), (13, signal.SIGTERM), (30, signal.SIGKILL)):
+        run = subprocess.Popen([sys.executable, HERE / "distill.py", *command],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        log = tmp_path / "run" / "log.jsonl"
+        while not log.exists() or len(log.read_text().splitlines()) < lines:
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.005)
+        run.send_signal(kill)
+        said = run.communicate()[1]
+        assert run.returncode == (143 if kill == signal.SIGTERM else -kill)
+        assert kill == signal.SIGKILL or "stopped by SIGTERM in stage 2, after" in said
+    distill.main(command)
+    assert "stage 1 | was finished before" in capsys.readouterr().out
+    assert same_end(end_of(tmp_path / "run"), a_longer_run)
+    assert not (tmp_path / "run" / "last").exists()
+
+
+class Break(Exception):
+    pass
+
+
+def stopped_run(monkeypatch, command, at=("stage 2", 6)):
+    """Runs the command and breaks it off before step at[1] + 1 of at[0] is saved."""
+    log = distill.Run.log
+
+    def breaking(run, event):
+        log(run, event)
+        if (event["stage"], event["step"]) == at:
+            raise Break
+    with monkeypatch.context() as patch, pytest.raises(Break):
+        patch.setattr(distill.Run, "log", breaking)
+        distill.main(command)
+
+
+def test_a_damaged_state_is_left_out_and_the_one_before_goes_on(
+        tmp_path, teacher_folder, data_folder, a_longer_run, monkeypatch, capsys):
+    command = flags(tmp_path / "run", teacher_folder, data_folder, *LONGER)
+    stopped_run(monkeypatch, command)
+    states = sorted(p.name for p in (tmp_path / "run" / "last").glob("stage 2-*"))
+    assert states == ["stage 2-4", "stage 2-5"]                 # the newest two
+    newest = tmp_path / "run" / "last" / "stage 2-5" / "state.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-3] ^= 1
+    newest.write_bytes(data)
+    distill.main(command)
+    said = capsys.readouterr().out
+    assert "stage 2-5 is damaged (its checksum differs): it is left out" in said
+    assert f"stage 2 | goes on from {tmp_path}/run/last/stage 2-4" in said
+    assert same_end(end_of(tmp_path / "run"), a_longer_run)
+
+
+def test_an_unfinished_run_is_not_taken_for_another(
+        tmp_path, teacher_folder, data_folder, monkeypatch):
+    command = flags(tmp_path / "run", teacher_folder, data_folder, *LONGER)
+    stopped_run(monkeypatch, command)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    changed = r"another recipe \(seed was 3, is 4; stage 2 lr was 0.004, is 0.1\).*or --fresh"
+    with pytest.raises(UsageError, match=changed):
+        distill.main([*command, "--seed", "4", "--lr", "2e-3", "0.1", "1e-3"])
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    distill.main([*command, "--seed", "4", "--fresh"])
+    assert not (tmp_path / "run" / "last").exists()
+
+
+def test_a_full_disk_loses_nothing(tmp_path, teacher_folder, data_folder, a_longer_run,
+                                   monkeypatch):
+    command, saves = flags(tmp_path / "run", teacher_folder, data_folder, *LONGER), []
+
+    def full(tensors, path):
+        saves.append(path)
+        if len(saves) > 12:
+            path.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "save_file", full)
+        with pytest.raises(UsageError, match="stage 2-5 could not be saved .*No space left.*kept"):
+            distill.main(command)
+    left = sorted(p.name for p in (tmp_path / "run" / "last").iterdir())
+    assert left == ["run.json", "stage 2-3", "stage 2-4"]
+    distill.main(command)
+    assert same_end(end_of(tmp_path / "run"), a_longer_run)
+
+
+# -----------------------------------------------------------------------------
+# mistakes
 
 MISTAKES = {
     "--tokens 10": "less than one batch",
