@@ -23,6 +23,7 @@ It leaves out: several GPUs.
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -72,24 +73,34 @@ def blocks(student, teacher, tokens):
         yield gap.mean(), gap.detach().mean() / (want - u).float().norm(dim=-1).mean()
 
 
-def predictions(student, teacher, tokens):
+def predictions(student, teacher, tokens, loss="kl", temperature=1.0, hard_weight=0.0):
     """knowledge distillation: the student, given the tokens, predicts what the teacher predicts"""
     ours, theirs = (model.hidden(tokens).flatten(0, 1) for model in (student, teacher))  # (B L, D)
+    follow = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()             # (B L), -100: unknown
     rows, parts = max(1, LOGITS_AT_ONCE // student.config.vocab_size), []
-    for pair in zip(ours.split(rows), theirs.split(rows), strict=True):  # no (B L, V) map is kept
-        parts.append(checkpoint(kl_of_rows, student, teacher, *pair, use_reentrant=False))
-    kl, silence = (sum(part) / len(ours) for part in zip(*parts, strict=True))
-    yield kl, kl.detach() / silence
+    for part in zip(*(x.split(rows) for x in (ours, theirs, follow)), strict=True):
+        parts.append(checkpoint(sums_of_rows, student, teacher, *part, temperature, hard_weight > 0,
+                                use_reentrant=False))           # no (B L, V) map is kept
+    kl, entropy, silence, hard = (sum(part) for part in zip(*parts, strict=True))
+    # Of -sum p log q = KL + entropy, the second is the teacher's own: the gradient is the same.
+    soft = kl + entropy if loss == "ce" else kl
+    hard = hard_weight * hard / (follow >= 0).sum()
+    yield temperature**2 * soft / len(ours) + hard.to(soft), kl.detach() / silence
 
 
-def kl_of_rows(student, teacher, ours, theirs):
-    """final hidden states (n, D) -> sums of KL(teacher || student) and KL(teacher || uniform)"""
+def sums_of_rows(student, teacher, ours, theirs, follow, temperature, hard):
+    """Final hidden states (n, D), next tokens (n) -> sums over n, at this temperature:
+    KL(teacher || student), the teacher's entropy, KL(teacher || uniform); and, at 1, of the next
+    token's -log probability, if `hard`"""
     with torch.autocast(ours.device.type, enabled=False):       # bf16 logits are off by percents
-        ours = student.head(ours.float()).log_softmax(-1)               # (n, V)
+        logits = student.head(ours.float())                             # (n, V)
+        hard = F.cross_entropy(logits, follow, reduction="sum") if hard else torch.zeros(())
+        ours = (logits / temperature).log_softmax(-1)
         theirs = theirs.to(teacher.model.lm_head.weight.dtype)
-        theirs = teacher.head(theirs).float().log_softmax(-1)           # (n, V)
+        theirs = (teacher.head(theirs).float() / temperature).log_softmax(-1)
     p = theirs.exp()
-    return (p * (theirs - ours)).sum(), (p * theirs).sum() + len(p) * math.log(p.shape[-1])
+    entropy = -(p * theirs).sum()
+    return (p * (theirs - ours)).sum(), entropy, len(p) * math.log(p.shape[-1]) - entropy, hard
 
 
 def next_tokens(student, teacher, tokens):
@@ -534,6 +545,7 @@ def main(arguments=None):
             saved.note(copied=compare(student, teacher, windows) | about)
         (losses, parts), plan = STAGES[stage], args.plans[stage]
         print(f"\nstage {stage} of 3 | {losses.__doc__}")
+        losses = with_options(losses, args)
         with stopping(run):
             seconds = train(f"stage {stage}", losses, parts, student, teacher, data,
                             about["tokens"] // args.context, run, plan)
@@ -556,6 +568,14 @@ def main(arguments=None):
     shutil.rmtree(saved.folder)
 
 
+def with_options(losses, args):
+    """Stage 3's loss as the command line asks for it; the others have no options."""
+    if losses is not predictions:
+        return losses
+    return functools.partial(predictions, loss=args.loss, temperature=args.temperature,
+                             hard_weight=args.hard_weight)
+
+
 def controls(run, teacher, data, windows, tokens):
     """The same tokens spent on stage 3 alone, and on the text with no teacher. -> two rows"""
     last = run.args.plans[run.args.stage[-1]]
@@ -570,8 +590,8 @@ def controls(run, teacher, data, windows, tokens):
         if losses is next_tokens:
             student = SSM(student.config)
         with stopping(run):
-            seconds = train(name, losses, ("everything",), student.to(run.device), teacher, data,
-                            0, run, plan)
+            seconds = train(name, with_options(losses, run.args), ("everything",),
+                            student.to(run.device), teacher, data, 0, run, plan)
         row = compare(student, teacher, windows) | {"tokens": tokens, "seconds": seconds}
         run.saved.note(**{name: row})
         print(f"{name} | {describe(row)}")
@@ -620,6 +640,9 @@ def parse(arguments=None):
     add("--batch", type=count, nargs="+", help="tokens per update")
     add("--lr", type=float, nargs="+", help="peak learning rate")
     # how
+    add("--loss", choices=("kl", "ce"), default="kl", help="of stage 3; same gradient [kl]")
+    add("--temperature", type=float, default=1.0, help="of both models' predictions in it [1]")
+    add("--hard_weight", type=float, default=0.0, help="of the next-token loss beside it [0]")
     add("--context", type=int, help="tokens per window")
     add("--micro_batch", type=int, help="windows at once; the rest of a batch is accumulated")
     add("--warmup", type=float, help="share of the steps in which the learning rate rises")
@@ -650,6 +673,8 @@ def parse(arguments=None):
     if set(args.stage) - set(STAGES) or sorted(set(args.stage)) != args.stage:
         raise UsageError(f"--stage {' '.join(map(str, args.stage))}: choose among 1, 2 and 3, "
                          "in this order")
+    if args.temperature <= 0 or args.hard_weight < 0:
+        raise UsageError("--temperature must be above 0, and --hard_weight not below it")
     if own["tokens"] and len(own["tokens"]) == 1:
         shares = [PAPER_TOKENS[stage - 1] for stage in args.stage]
         own["tokens"] = [round(own["tokens"][0] * share / sum(shares)) for share in shares]

@@ -1032,6 +1032,61 @@ def test_kl_in_parts_is_kl_and_has_its_gradient(monkeypatch):
             assert rel(got, expected) < 1e-5
 
 
+def test_the_options_of_stage_3_are_the_textbook_formulas(monkeypatch):
+    teacher = random_teacher()
+    student, tokens = SSM.from_teacher(teacher), some_tokens()
+    monkeypatch.setattr(distill, "LOGITS_AT_ONCE", 7 * 257)
+    parameters = list(student.parameters())
+
+    def compare_with(want, **options):
+        (loss, _), = distill.predictions(student, teacher, tokens, **options)
+        assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+        for got, expected in zip(torch.autograd.grad(loss, parameters),
+                                 torch.autograd.grad(want, parameters), strict=True):
+            assert rel(got, expected) < 1e-5
+        return torch.autograd.grad(
+            next(distill.predictions(student, teacher, tokens, **options))[0], parameters)
+
+    p = (teacher.logits(tokens) / 2).softmax(-1)
+    compare_with(4 * (p * (p.log() - (student.logits(tokens) / 2).log_softmax(-1))).sum(-1).mean(),
+                 temperature=2.0)                               # T^2: gradients keep their size
+    p, log_q = teacher.logits(tokens).softmax(-1), student.logits(tokens).log_softmax(-1)
+    hard = torch.nn.functional.nll_loss(log_q[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    compare_with((p * (p.log() - log_q)).sum(-1).mean() + 0.3 * hard, hard_weight=0.3)
+    log_q = student.logits(tokens).log_softmax(-1)
+    of_ce = compare_with(-(p * log_q).sum(-1).mean(), loss="ce")
+    log_q = student.logits(tokens).log_softmax(-1)
+    of_kl = compare_with((p * (p.log() - log_q)).sum(-1).mean())
+    assert all(rel(x, y) < 1e-5 for x, y in zip(of_ce, of_kl, strict=True))
+
+
+def test_stage_3_at_phis_vocabulary_fits_in_3_gb():
+    """16,384 tokens, V = 51,200, forward and backward: one (tokens, V) map alone is 3.4 GB."""
+    code = """
+import resource, torch, distill
+class Model:
+    def __init__(self):
+        self.lm_head, self.model = torch.nn.Linear(16, 51200), self
+        self.config = type("Config", (), {"vocab_size": 51200})
+        self.u = torch.randn(1, 16384, 16).requires_grad_()
+    def hidden(self, tokens):
+        return self.u
+    def head(self, h):
+        return self.lm_head(h)
+student, teacher = Model(), Model()
+for x in (teacher.u, *teacher.lm_head.parameters()):
+    x.requires_grad_(False)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loss, _ = next(distill.predictions(student, teacher, torch.zeros(1, 16384, dtype=torch.long)))
+loss.backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20, student.u.grad.norm())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    gigabytes = float(done.stdout.split()[0])
+    print(f"{gigabytes:.2f} GB over the hidden states")
+    assert 0.1 < gigabytes < 3, done
+
+
 class Scratch:
     """What train() needs of a Run, with nothing written."""
     device, autocast = "cpu", staticmethod(lambda: torch.autocast("cpu", enabled=False))
