@@ -441,8 +441,8 @@ def sha256(path):
 
 def recipe_of(args, teacher, data):
     """What must be the same for a run to go on; where it is written and when is not part of it."""
-    apart = ("out", "device", "fresh", "save_minutes", "preset", "tokens", "batch", "lr", "plans",
-             "micro_batch", "stage")
+    apart = ("out", "device", "fresh", "recompute", "save_minutes", "preset", "tokens", "batch",
+             "lr", "plans", "micro_batch", "stage")
     plans = {f"stage {stage} {key}": value for stage, plan in args.plans.items()
              for key, value in vars(plan).items()}
     return {key: value for key, value in vars(args).items() if key not in apart} | plans | {
@@ -537,7 +537,7 @@ def main(arguments=None):
         previous = stage
     for stage in todo:
         student, about = starting_student(stage, run, teacher, previous)
-        student.to(run.device)
+        student.to(run.device).recompute = args.recompute
         if not saved.rows:                  # from here on files change: all refusals are behind us
             run.begin(teacher, data_folder)
             saved.note(teacher=compare(teacher, teacher, windows))
@@ -545,7 +545,7 @@ def main(arguments=None):
             saved.note(copied=compare(student, teacher, windows) | about)
         (losses, parts), plan = STAGES[stage], args.plans[stage]
         print(f"\nstage {stage} of 3 | {losses.__doc__}")
-        losses = with_options(losses, args)
+        losses, parts = with_options(losses, args), ("mixer.",) if args.train == "mixer" else parts
         with stopping(run):
             seconds = train(f"stage {stage}", losses, parts, student, teacher, data,
                             about["tokens"] // args.context, run, plan)
@@ -643,6 +643,10 @@ def parse(arguments=None):
     add("--loss", choices=("kl", "ce"), default="kl", help="of stage 3; same gradient [kl]")
     add("--temperature", type=float, default=1.0, help="of both models' predictions in it [1]")
     add("--hard_weight", type=float, default=0.0, help="of the next-token loss beside it [0]")
+    add("--train", choices=("paper", "mixer"), default="paper",
+        help="what learns: as the paper's stages, or the mixers only, in stage 3 too [paper]")
+    add("--recompute", action="store_true",
+        help="keep one activation a layer for the backward and compute the others again")
     add("--context", type=int, help="tokens per window")
     add("--micro_batch", type=int, help="windows at once; the rest of a batch is accumulated")
     add("--warmup", type=float, help="share of the steps in which the learning rate rises")

@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ssd_kernel import mixing_matrix, ssd, ssd_step
 
@@ -315,7 +316,7 @@ class SSM(nn.Module):
         if unknown:
             raise UsageError(f"--attn_layers {unknown[0]}: "
                              f"the model has layers 0 to {config.n_layer - 1}")
-        self.config = config
+        self.config, self.recompute = config, False     # recompute: activations, in the backward
         self.backbone = nn.ModuleDict({
             "embedding": nn.Embedding(config.vocab_size, config.d_model),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
@@ -381,7 +382,10 @@ class SSM(nn.Module):
         """tokens (B, L) after `state` -> final hidden (B, L, D), next state. In parallel over L."""
         u, after = self.backbone["embedding"](tokens), []
         for layer, before in zip(self.layers, state or [None] * len(self.layers), strict=True):
-            u, kept = layer(u, before)
+            if self.recompute and torch.is_grad_enabled():
+                u, kept = checkpoint(layer, u, before, use_reentrant=False)
+            else:
+                u, kept = layer(u, before)
             after.append(kept)
         return self.backbone["final_layernorm"](u), after
 

@@ -44,7 +44,7 @@ import eval as evaluation
 import model_teacher
 import prepare
 import ssd_kernel
-from model_ssm import SILU_IS_ONE, SSM, Config, UsageError
+from model_ssm import SILU_IS_ONE, SSM, Config, UsageError, rename
 from model_teacher import Teacher
 from prepare import Tokenizer, Tokens
 from ssd_kernel import mixing_matrix, orientation_loss, orientation_loss_naive, ssd, ssd_recurrent
@@ -1058,6 +1058,25 @@ def test_the_options_of_stage_3_are_the_textbook_formulas(monkeypatch):
     log_q = student.logits(tokens).log_softmax(-1)
     of_kl = compare_with((p * (p.log() - log_q)).sum(-1).mean())
     assert all(rel(x, y) < 1e-5 for x, y in zip(of_ce, of_kl, strict=True))
+
+
+def test_recomputing_activations_changes_no_bit():
+    teacher, tokens = random_teacher(), some_tokens()
+    student, gradients = SSM.from_teacher(teacher, (1,)), []
+    for student.recompute in (False, True):
+        loss, _ = next(distill.predictions(student, teacher, tokens))
+        gradients.append(torch.autograd.grad(loss, list(student.parameters())))
+    assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
+
+
+def test_train_mixer_leaves_all_else_as_the_teacher_has_it(tmp_path, teacher_folder, data_folder):
+    distill.main(flags(tmp_path / "run", teacher_folder, data_folder, "--stage", "3",
+                       "--tokens", "1024", "--train", "mixer", "--recompute"))
+    after, before = SSM.from_pretrained(tmp_path / "run" / "stage3"), random_teacher()
+    theirs = {rename(name): w for name, w in before.model.state_dict().items()}
+    moved = [name for name, w in after.state_dict().items()
+             if name in theirs and not torch.equal(w, theirs[name])]
+    assert moved == [] and len(theirs) > 10
 
 
 def test_stage_3_at_phis_vocabulary_fits_in_3_gb():
