@@ -118,9 +118,9 @@ def packed(form):
         if cu_seqlens is None:
             return form(q, k, v, a, initial_state, return_final_state, **more)
         cu = boundaries(cu_seqlens, v.shape[1])
-        S = [None] * len(cu) if initial_state is None else initial_state.unbind(1)
+        S = [None] * (len(cu) - 1) if initial_state is None else initial_state.unbind(1)
         parts = [form(*(x[:, i:j] for x in (q, k, v, a)), S_doc, True, **more)
-                 for S_doc, (i, j) in zip(S, itertools.pairwise(cu), strict=False)]
+                 for S_doc, (i, j) in zip(S, itertools.pairwise(cu), strict=True)]
         y, S = torch.cat([y for y, _ in parts], 1), torch.stack([S for _, S in parts], 1)
         return (y, S) if return_final_state else y
     return by_document
@@ -360,6 +360,12 @@ def tile(x, t, heads: tl.constexpr, h, Q: tl.constexpr, W: tl.constexpr):
 
 
 @jit
+def state_at(x, n, N: tl.constexpr, P: tl.constexpr):
+    """-> pointers (N, P) to the n-th state in x"""
+    return tile(x, n * N, 1, 0, N, P)
+
+
+@jit
 def read(x, t, inside, heads: tl.constexpr, h, Q: tl.constexpr, W: tl.constexpr):
     return tl.load(tile(x, t, heads, h, Q, W), mask=inside[:, None], other=0.0)
 
@@ -383,6 +389,13 @@ def dot(x, y, plus, FP32: tl.constexpr):
 
 
 @jit
+def advance(S, x, z, kept, total, FP32: tl.constexpr):
+    """Steps 2 and 3: S, faded by a chunk, and what the chunk's x (Q, N) and z (Q, P) write to it"""
+    x = (x * tl.exp2(kept)[:, None]).to(x.dtype)
+    return dot(tl.trans(x), z, S * tl.exp2(total), FP32)
+
+
+@jit
 def piece_kernel(x, z, a, cu, writes, fades, L, n_docs, H: tl.constexpr, G: tl.constexpr,
                  N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, FP32: tl.constexpr,
                  PIECES: tl.constexpr, DOOR: tl.constexpr, BACKWARD: tl.constexpr):
@@ -396,11 +409,10 @@ def piece_kernel(x, z, a, cu, writes, fades, L, n_docs, H: tl.constexpr, G: tl.c
         A, total = decays(a, row + t, inside, H, h, Q)
         x_c = read(x, row + t, inside, G, g, Q, N)
         z_c = read(z, row + t, inside, H, h, Q, P)
-        x_c = (x_c * tl.exp2(A if BACKWARD else total - A)[:, None]).to(x_c.dtype)
-        S = dot(tl.trans(x_c), z_c, S * tl.exp2(total), FP32)
+        S = advance(S, x_c, z_c, A if BACKWARD else total - A, total, FP32)
         fade += total
     at = state * PIECES + piece
-    tl.store(tile(writes, at * N, 1, 0, N, P), S)
+    tl.store(state_at(writes, at, N, P), S)
     tl.store(fades + at, fade)
 
 
@@ -411,10 +423,10 @@ def forward_kernel(q, k, v, a, cu, S0, writes, fades, y, S1, doors, L, n_docs, H
                    KEEP: tl.constexpr):
     h, piece, row, start, lo, hi, state, door = share(cu, L, n_docs, H, PIECES, DOOR)
     g, i = h // (H // G), tl.arange(0, Q)
-    S = tl.load(tile(S0, state * N, 1, 0, N, P))                        # (N, P)
+    S = tl.load(state_at(S0, state, N, P))                        # (N, P)
     for before in range(piece):
         at = state * PIECES + before
-        S = S * tl.exp2(tl.load(fades + at)) + tl.load(tile(writes, at * N, 1, 0, N, P))
+        S = S * tl.exp2(tl.load(fades + at)) + tl.load(state_at(writes, at, N, P))
     for t in range(lo, hi, Q):
         inside = t + i < hi
         q_c = read(q, row + t, inside, G, g, Q, N)
@@ -424,17 +436,16 @@ def forward_kernel(q, k, v, a, cu, S0, writes, fades, y, S1, doors, L, n_docs, H
         if KEEP:
             if (t - start) % DOOR == 0:
                 at = (door + (t - start) // DOOR) * H + h
-                tl.store(tile(doors, at * N, 1, 0, N, P), S.to(doors.dtype.element_ty))
+                tl.store(state_at(doors, at, N, P), S.to(doors.dtype.element_ty))
         past = i[:, None] >= i[None, :]
         M = dot(q_c, tl.trans(k_c), None, FP32)                         # 1 inside  (Q, Q)
         M = M * tl.exp2(tl.where(past, A[:, None] - A[None, :], float("-inf")))
         y_c = dot(q_c, S.to(q_c.dtype), None, FP32) * tl.exp2(A)[:, None]   # 4 read  (Q, P)
         y_c = dot(M.to(v_c.dtype), v_c, y_c, FP32)
         write(y, row + t, inside, H, h, y_c, Q, P)
-        k_c = (k_c * tl.exp2(total - A)[:, None]).to(k_c.dtype)         # 2 write, 3 carry
-        S = dot(tl.trans(k_c), v_c, S * tl.exp2(total), FP32)
+        S = advance(S, k_c, v_c, total - A, total, FP32)                # 2 write, 3 carry
     if piece == PIECES - 1:
-        tl.store(tile(S1, state * N, 1, 0, N, P), S)
+        tl.store(state_at(S1, state, N, P), S)
 
 
 @jit
@@ -451,10 +462,10 @@ def backward_kernel(q, k, v, a, cu, doors, dy, dS1, writes, fades, dq, dk, dv, d
     """
     h, piece, row, start, lo, hi, state, door = share(cu, L, n_docs, H, PIECES, DOOR)
     g, i = h // (H // G), tl.arange(0, Q)
-    dS = tl.load(tile(dS1, state * N, 1, 0, N, P))                      # (N, P)
+    dS = tl.load(state_at(dS1, state, N, P))                      # (N, P)
     for after in range(PIECES - 1 - piece):
         at = state * PIECES + PIECES - 1 - after
-        dS = dS * tl.exp2(tl.load(fades + at)) + tl.load(tile(writes, at * N, 1, 0, N, P))
+        dS = dS * tl.exp2(tl.load(fades + at)) + tl.load(state_at(writes, at, N, P))
     chunks = tl.cdiv(hi - lo, Q)
     for c in range(chunks):
         t = lo + (chunks - 1 - c) * Q
@@ -464,13 +475,12 @@ def backward_kernel(q, k, v, a, cu, doors, dy, dS1, writes, fades, dq, dk, dv, d
 
         # S here: from the last door up
         last = (t - start) // DOOR
-        S = tl.load(tile(doors, ((door + last) * H + h) * N, 1, 0, N, P)).to(tl.float32)
+        S = tl.load(state_at(doors, (door + last) * H + h, N, P)).to(tl.float32)
         for s in range(start + last * DOOR, t, Q):
             A_s, total_s = decays(a, row + s, s + i < t, H, h, Q)
             k_s = read(k, row + s, s + i < t, G, g, Q, N)
             v_s = read(v, row + s, s + i < t, H, h, Q, P)
-            k_s = (k_s * tl.exp2(total_s - A_s)[:, None]).to(k_s.dtype)
-            S = dot(tl.trans(k_s), v_s, S * tl.exp2(total_s), FP32)
+            S = advance(S, k_s, v_s, total_s - A_s, total_s, FP32)
 
         # dq, of what q asked: S and the past of the chunk
         dy_c = read(dy, row + t, inside, H, h, Q, P)
@@ -501,10 +511,9 @@ def backward_kernel(q, k, v, a, cu, doors, dy, dS1, writes, fades, dq, dk, dv, d
         tl.store(da + (row + t) * H + h + i * H, da_c, mask=inside)
 
         q_c = read(q, row + t, inside, G, g, Q, N)      # again: it was not worth its registers
-        q_c = (q_c * since).to(q_c.dtype)
-        dS = dot(tl.trans(q_c), dy_c, dS * tl.exp2(total), FP32)
+        dS = advance(dS, q_c, dy_c, A, total, FP32)
     if piece == 0:
-        tl.store(tile(dS0, state * N, 1, 0, N, P), dS)
+        tl.store(state_at(dS0, state, N, P), dS)
 
 
 @jit
@@ -610,9 +619,10 @@ def launch(kernel, tiles, pieces, q, v, cu, tensors, **flags):
 
 def sums_of_pieces(x, z, a, cu, S, tiles, pieces, backward):
     """-> writes (B, n, H, pieces, N, P), fades (B, n, H, pieces)"""
-    writes = S.new_empty(*S.shape[:3], pieces, *S.shape[3:])
+    others = pieces if pieces > 1 else 0            # a piece by itself has no other to hear of
+    writes = S.new_empty(*S.shape[:3], others, *S.shape[3:])
     fades = S.new_empty(writes.shape[:4])
-    if pieces > 1:
+    if others:
         launch(piece_kernel, tiles, pieces, x, z, cu, (x, z, a, cu, writes, fades),
                BACKWARD=backward)
     return writes, fades
