@@ -149,7 +149,7 @@ def train(name, losses, parts, student, teacher, data, at, run, plan):
     steps, accumulate = plan.tokens // plan.batch, plan.batch // (B * L)
     first, before = run.saved.restore(name, student, learn, optimizer)  # done before a kill
     at += first * accumulate * B
-    run.open_log(name, first)
+    run.open_log({name: first})
     print(f"{name} | {describe_learners(learn, student)}")
     print(f"{name} | {steps * plan.batch:,} tokens = {steps:,} steps x {plan.batch:,} "
           f"(batch {B} x length {L} x accumulate {accumulate})")
@@ -284,22 +284,22 @@ class Run:
         """A new run: nothing of an old one may be taken for it."""
         shutil.rmtree(self.saved.folder, ignore_errors=True)
         self.saved.folder.mkdir(parents=True)
-        for name in [f"stage {stage}" for stage in self.args.stage] + ["stage 3 only",
-                                                                       "from scratch"]:
-            self.open_log(name, 0)
+        names = [f"stage {stage}" for stage in self.args.stage] + ["stage 3 only", "from scratch"]
+        self.open_log(dict.fromkeys(names, 0))
         self.describe(teacher, data_folder)
 
-    def open_log(self, name, steps):
-        """Of this stage's lines the first `steps` stay, of other stages all: a student distilled
-        stage by stage has one log."""
+    def open_log(self, steps):
+        """Of the lines of a stage in {stage: steps} so many stay, of other stages all: a student
+        distilled stage by stage has one log."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "log.jsonl"
         old = path.read_text().splitlines(keepends=True) if path.exists() else []
         self.file = open(path, "w")
         for line in old:
-            event = json.loads(line) if line.endswith("\n") else {"stage": name, "step": math.inf}
-            if event["stage"] != name or event["step"] <= steps:    # a kill cut a line with no end
-                self.file.write(line)
+            if line.endswith("\n"):                 # a kill may have cut the last one
+                event = json.loads(line)
+                if event["step"] <= steps.get(event["stage"], math.inf):
+                    self.file.write(line)
         self.file.flush()
 
     def log(self, event):
@@ -516,7 +516,7 @@ def main(arguments=None):
     data_folder = load_or_prepare(args.data, tokenizer, args.config, total)
     data, held_out = Tokens(data_folder, "train", args.seed), Tokens(data_folder, "val")
     if args.teacher == "tiny" and not TINY.exists():
-        run.open_log("teacher", 0)
+        run.open_log({"teacher": 0})
         train_tiny(Tokens(data_folder, "train", seed=0), tokenizer, run.log, args.teacher_tokens,
                    run.device, run.autocast)
     teacher = Teacher.load(args.teacher, run.device,

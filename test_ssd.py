@@ -1160,7 +1160,7 @@ class Scratch:
     device, autocast = "cpu", staticmethod(lambda: torch.autocast("cpu", enabled=False))
     stop, saved = None, types.SimpleNamespace(restore=lambda *_: (0, 0.0), save=lambda *_: None)
 
-    def open_log(self, name, steps):
+    def open_log(self, steps):
         pass
 
     def __init__(self, *flags, stage=1):
