@@ -723,16 +723,15 @@ def orientation_loss(q_t, k_t, scale, q, k, a, D, return_size=False, backend="au
     if backend == "auto":
         fits = q.is_cuda and not not_for_triton(q, k_t.shape[-1])
         backend = "triton" if fits else "blocked"
-    terms = {"triton": orientation_triton, "blocked": orientation_blocked}[backend]
-    distance, size = OrientationLoss.apply(q_t, k_t, scale, q, k, a, D, terms)
+    distance, size = OrientationLoss.apply(q_t, k_t, scale, q, k, a, D, backend == "triton")
     return (distance, size) if return_size else distance
 
 
 class OrientationLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_t, k_t, scale, q, k, a, D, terms):
+    def forward(ctx, q_t, k_t, scale, q, k, a, D, tiles):
         (B, _, H), G, dtype = a.shape, q.shape[2], wide(a.dtype)
-        dq, dk, dA, dD, squares, squares_t = terms(q_t, k_t, scale, q, k, a, D)
+        dq, dk, dA, dD, squares, squares_t = orientation_op(q_t, k_t, scale, q, k, a, D, tiles)
         norm = squares.sqrt()                                           # (B, H)
         weight = 1 / (norm.clamp_min(torch.finfo(dtype).tiny) * B * H)  # a perfect student: no push
         dq, dk = ((weight[:, None, :, None] * x).unflatten(2, (G, H // G)).sum(3).to(q.dtype)
@@ -749,8 +748,26 @@ class OrientationLoss(torch.autograd.Function):
         return None, None, None, *(g * gradient for gradient in ctx.saved_tensors), None
 
 
+@torch.library.custom_op("mohawk::orientation", mutates_args=(), schema="(Tensor q_t, Tensor k_t, "
+                         "float scale, Tensor q, Tensor k, Tensor a, Tensor D, bool tiles) -> "
+                         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+def orientation_op(q_t, k_t, scale, q, k, a, D, tiles):
+    """-> dq, dk (B, L, H, N), dA (B, L, H), dD, ||E||^2, ||target||^2 (B, H)"""
+    terms = (orientation_triton if tiles else orientation_blocked)(q_t, k_t, scale, q, k, a, D)
+    return tuple(x.contiguous() for x in terms)
+
+
+@orientation_op.register_fake
+def _(q_t, k_t, scale, q, k, a, D, tiles):
+    (B, L, H), N, dtype = a.shape, q.shape[-1], torch.float32 if tiles else wide(a.dtype)
+    shapes = (B, L, H, N), (B, L, H, N), (B, L, H), (B, H), (B, H), (B, H)
+    dtypes = [dtype] * 2 + [dtype if tiles else torch.float64] + [dtype] * 3
+    return tuple(a.new_empty(shape, dtype=dtype)
+                 for shape, dtype in zip(shapes, dtypes, strict=True))
+
+
 def orientation_blocked(q_t, k_t, scale, q, k, a, D):
-    """Rows of E in blocks -> dq, dk (B, L, H, N), dA (B, L, H), dD, ||E||^2, ||target||^2 (B, H)"""
+    """Rows of E in blocks"""
     (B, L, H), dtype = a.shape, wide(a.dtype)
     q_t, k_t, q, k = (per_head(x, H).transpose(1, 2).to(dtype)
                       for x in (q_t, k_t, q, k))                        # (B, H, L, N)
