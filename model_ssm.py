@@ -294,6 +294,10 @@ class Block(nn.Module):
         u = u + mixed
         return u + self.mlp(self.post_attention_layernorm(u)), state
 
+    def factors(self, u):
+        q, k, _, a, _, _ = self.mixer.project(self.input_layernorm(u))
+        return q, k, a, self.mixer.D.clone()        # sharded, the original is gone after this call
+
 
 def norm(config):
     kind = nn.LayerNorm if config.block == "phi" else nn.RMSNorm
@@ -364,9 +368,7 @@ class SSM(nn.Module):
 
     def factors(self, i, u):
         """q, k, a, D: what SSM layer i's matrix is made of, in the form orientation_loss takes"""
-        layer = self.layers[i]
-        q, k, _, a, _, _ = layer.mixer.project(layer.input_layernorm(u))
-        return q, k, a, layer.mixer.D
+        return self.layers[i].factors(u)
 
     def matrix(self, i, u):
         """u (B, L, D) -> M + diag D (B, H, L, L) of SSM layer i: stage 1's question, in full"""

@@ -19,6 +19,7 @@ and answers the same questions in the same words as the student, see SSM in mode
 It leaves out: encoders, mixtures of experts, and attention that is not softmax(q k^T scale) v.
 """
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import time
@@ -27,7 +28,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoModelForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 from transformers.utils import logging as transformers_logging
 
 from model_ssm import UsageError, ask_hub, first_line, sample
@@ -64,6 +71,26 @@ def find(name):
     return name, {}
 
 
+def tiny_config(vocab_size, eot):
+    return PhiConfig(vocab_size=vocab_size, hidden_size=192, intermediate_size=768,
+                     num_hidden_layers=4, num_attention_heads=6, max_position_embeddings=2048,
+                     hidden_act="gelu_pytorch_tanh", bos_token_id=eot, eos_token_id=eot,
+                     resid_pdrop=0.0, embd_pdrop=0.0)
+
+
+def architecture(name):
+    """name as Teacher.load takes it -> its Hugging Face configuration; no weights are read"""
+    if name == "microsoft/phi-1_5":
+        return PhiConfig()                          # these are its shapes, and need no network
+    if name == "tiny" and not TINY.exists():
+        return tiny_config(vocab_size=257, eot=256)
+    path, options = find(name)
+    try:
+        return AutoConfig.from_pretrained(path, **options)
+    except Exception as error:                      # the hub client raises a dozen unrelated types
+        raise UsageError(f"cannot read the architecture of {name}: {first_line(error)}") from error
+
+
 def causal_attention(module, q, k, v, mask, scaling=None, sliding_window=None, dropout=0.0, **_):
     """softmax(q k^T scale) v, and a note of q, k, scale for the stages.
 
@@ -90,8 +117,8 @@ AttentionInterface.register("caught", causal_attention)
 class Teacher:
     """A frozen decoder. Every method takes and gives plain tensors and records no gradients.
 
-    config: its Hugging Face configuration   inv_freq: its rotary frequencies
-    name: what it was loaded from
+    config: its Hugging Face configuration   name: what it was loaded from
+    inv_freq: its rotary frequencies
     fingerprint: a hash of its weights, the same in every dtype it may be loaded in
     """
 
@@ -104,7 +131,6 @@ class Teacher:
         self.decoder, self.layers = model.model, model.model.layers
         phi = self.config.model_type == "phi"
         self.final_norm = self.decoder.final_layernorm if phi else self.decoder.norm
-        self.inv_freq = self.decoder.rotary_emb.inv_freq.tolist()
         self.last = None            # (i, u, answers): what layer i said of u when it was last asked
 
     @classmethod
@@ -127,7 +153,17 @@ class Teacher:
             raise UsageError(f"the teacher {name} does not match its config.json: {wrong[0]}")
         return cls(model.to(device), name)
 
+    @classmethod
+    def random(cls, config, device="cpu", dtype=torch.float32):
+        """A teacher of this Hugging Face configuration with random weights: to measure, to plan."""
+        with torch.device(device):
+            return cls(AutoModelForCausalLM.from_config(config, dtype=dtype), "random")
+
     @property
+    def inv_freq(self):
+        return type(self.decoder.rotary_emb)(self.config).inv_freq.tolist()
+
+    @functools.cached_property
     def fingerprint(self):
         digest = hashlib.sha256()
         for name, w in self.model.state_dict().items():
@@ -157,23 +193,22 @@ class Teacher:
     def _ask(self, i, u):
         """Run layer i on u, once, however many of the questions below are asked about it."""
         if self.last is None or self.last[0] != i or self.last[1] is not u:
-            mixed = []
-            hook = self.layers[i].self_attn.register_forward_hook(
-                lambda module, args, out: mixed.append(out[0]))
             out = self.layers[i](u, attention_mask=None, position_embeddings=self.rotary(u))
-            hook.remove()
             q = caught["q"].transpose(1, 2)                                         # (B, L, H, N)
             k = caught["k"].transpose(1, 2)                                         # (B, L, G, N)
-            self.last = i, u, {"block": out, "mixer": mixed[0], "factors": (q, k, caught["scale"])}
+            self.last = i, u, {"block": out, "factors": (q, k, caught["scale"])}
         return self.last[2]
 
     def block(self, i, u):
         """u (B, L, D) -> (B, L, D): the output of layer i, before any final norm"""
         return self._ask(i, u)["block"]
 
+    @torch.no_grad()
     def mixer(self, i, u):
         """u (B, L, D) -> (B, L, D): what the attention of layer i adds to the stream"""
-        return self._ask(i, u)["mixer"]
+        layer = self.layers[i]
+        return layer.self_attn(layer.input_layernorm(u), attention_mask=None,
+                               position_embeddings=self.rotary(u))[0]
 
     def factors(self, i, u):
         """u (B, L, D) -> q (B, L, H, N), k (B, L, G, N), scale
@@ -248,12 +283,7 @@ def train_tiny(data, tokenizer, log, tokens, device="cpu", autocast=contextlib.n
     autocast: a function that gives the context to compute in
     """
     torch.manual_seed(seed)
-    config = PhiConfig(vocab_size=tokenizer.vocab_size, hidden_size=192, intermediate_size=768,
-                       num_hidden_layers=4, num_attention_heads=6, max_position_embeddings=2048,
-                       hidden_act="gelu_pytorch_tanh",
-                       bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot,
-                       resid_pdrop=0.0, embd_pdrop=0.0)
-    model = PhiForCausalLM(config).to(device)
+    model = PhiForCausalLM(tiny_config(tokenizer.vocab_size, tokenizer.eot)).to(device)
     model.set_attn_implementation("caught")
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
