@@ -17,16 +17,23 @@ out/<run>/log.jsonl, one object per line; the table at the end also to out/<run>
 that was stopped or killed goes on when the same command is given again, and ends with the same
 weights.
 
-It leaves out: several GPUs.
+      torchrun --nproc_per_node=8 distill.py           # on eight GPUs; --fsdp shards both models
+      python distill.py --preset phi --plan H100       # what it would cost; nothing is loaded
 
 [1] MOHAWK, arXiv 2408.10189
 """
 import argparse
+import atexit
+import collections
 import contextlib
+import copy
+import dataclasses
+import datetime
 import functools
 import hashlib
 import json
 import math
+import os
 import platform
 import resource
 import shutil
@@ -34,18 +41,31 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+import weakref
 from pathlib import Path
 
+import filelock
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from model_ssm import SSM, UsageError
-from model_teacher import TINY, Teacher, compare, train_tiny
+from model_ssm import SSM, Config, UsageError, shapes_of
+from model_teacher import TINY, Teacher, architecture, compare, train_tiny
 from prepare import Parser, Tokenizer, Tokens, count, load_or_prepare, run_program
 from ssd_kernel import orientation_loss, ssd_path
 
@@ -115,20 +135,23 @@ STAGES = {  # number: (loss, the parameters that learn, by a part of their name)
     2: (blocks, ("mixer.",)),
     3: (predictions, ("everything",)),
 }
-PAPER_TOKENS = (80e6, 160e6, 2.76e9)
-PRESETS = {  # one value for each stage, or one for all
+PRESETS = {  # what, and how much; one value for each stage, or one for all
     "phi": dict(
-        teacher="microsoft/phi-1_5", data="allenai/c4", config="en", init="mohawk",
-        tokens=PAPER_TOKENS, batch=(2**15, 2**15, 2**19), lr=(5e-4, 2e-3, 5e-4),
-        warmup=0.1, decay=0.1, context=2048, micro_batch=8, eval_tokens=2**19),
+        teacher="microsoft/phi-1_5", data="allenai/c4", config="en", recipe="paper",
+        tokens=3e9, shares=(80, 160, 2760), batch=(2**15, 2**15, 2**19), lr=(5e-4, 1e-3, 2e-4),
+        context=2048, micro_batch=8, eval_tokens=2**19),
     "smollm2": dict(
-        teacher="smollm2", data=None, config=None, init="qkv",
-        tokens=(10e3, 60e3, 40e3), batch=(256,), lr=(1e-3, 1e-3, 5e-4),
-        warmup=0.1, decay=0.7, context=256, micro_batch=4, eval_tokens=2**13),
+        teacher="smollm2", data=None, config=None, recipe="modern",
+        tokens=110e3, shares=(1, 6, 4), batch=(256,), lr=(1e-3, 1e-3, 5e-4),
+        context=256, micro_batch=4, eval_tokens=2**13),
     "tiny": dict(
-        teacher="tiny", data="stdlib", config=None, init="qkv",
-        tokens=(0.05e6, 0.3e6, 0.85e6), batch=(256,), lr=(2e-3, 4e-3, 1e-3),
-        warmup=0.1, decay=0.7, context=256, micro_batch=8, eval_tokens=2**17),
+        teacher="tiny", data="stdlib", config=None, recipe="modern",
+        tokens=1.2e6, shares=(1, 6, 17), batch=(256,), lr=(2e-3, 4e-3, 1e-3),
+        context=256, micro_batch=8, eval_tokens=2**17),
+}
+RECIPES = {  # how; what the modern one does not say is the preset's, chosen for it
+    "paper": dict(init="mohawk", shares=(80, 160, 2760), lr=(5e-4, 2e-3, 5e-4), decay=0.1),
+    "modern": dict(init="qkv", decay=0.7),
 }
 
 
@@ -139,69 +162,74 @@ def train(name, losses, parts, student, teacher, data, at, run, plan):
     """Train `student` on plan.tokens tokens from window `at` of `data` on. -> seconds it took
 
     name: what the log calls it   losses, parts: a row of STAGES   plan: tokens, batch, lr
+    Of several processes each reads its own windows of the same batches.
     """
-    args, B, L = run.args, plan.micro_batch, run.args.context
+    args, B, L, world = run.args, plan.micro_batch, run.args.context, run.world
     learn = choose_learners(student, parts)
     held = rows_without_gradient(student) if losses is matrices else []
-    optimizer = torch.optim.AdamW(decay_groups(learn, args.weight_decay),
-                                  betas=tuple(args.betas), fused=True)
+    optimizer = make_optimizer(learn, args)
     autocast = contextlib.nullcontext if losses is matrices else run.autocast
-    steps, accumulate = plan.tokens // plan.batch, plan.batch // (B * L)
+    steps, accumulate = plan.tokens // plan.batch, plan.batch // (B * L * world)
     first, before = run.saved.restore(name, student, learn, optimizer)  # done before a kill
-    at += first * accumulate * B
+    ask, quiet = spread(losses, student, teacher, run)
+    at += first * plan.batch // L
     run.open_log({name: first})
     print(f"{name} | {describe_learners(learn, student)}")
     print(f"{name} | {steps * plan.batch:,} tokens = {steps:,} steps x {plan.batch:,} "
-          f"(batch {B} x length {L} x accumulate {accumulate})")
+          f"(batch {B} x length {L} x accumulate {accumulate}{f' x {world} GPUs' * (world > 1)})")
     start, saved, seconds = time.perf_counter() - before, time.perf_counter(), before
     bar = tqdm(total=steps * plan.batch, desc=name, unit=" tokens", unit_scale=True,
-               mininterval=0.5, initial=first * plan.batch)
+               mininterval=0.5, initial=first * plan.batch, disable=run.rank > 0)
 
     for step in range(first, steps):
         # learn -----------------------------------------------------------
         lr = plan.lr * wsd(step, steps, args.warmup, args.decay)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(optimizer, lr)
         answers = []
-        for _ in range(accumulate):
-            if run.stop:                    # between steps: what is unfinished of this one is lost
+        for micro in range(accumulate):
+            if run.stop and world == 1:     # what is unfinished of this step is lost
                 if step:
                     run.saved.save(name, step, seconds, student, learn, optimizer)
                 raise Stopped(run.stop, f"{name}, after {step} of {steps} steps")
-            tokens = data.batch(at, B, L)[:, :-1].to(run.device)        # (B, L)
-            at += B
-            with autocast():
-                for loss, left in losses(student, teacher, tokens):
+            mine = at + (micro * world + run.rank) * B
+            tokens = data.batch(mine, B, L)[:, :-1].to(run.device)      # (B, L)
+            with autocast(), quiet() if micro + 1 < accumulate else contextlib.nullcontext():
+                for loss, left in ask(tokens):
                     (loss / accumulate).backward()
                     answers.append(torch.stack([loss.detach(), left]))
-        gnorm = torch.nn.utils.clip_grad_norm_(learn.values(), args.clip).item()
-        loss, left = torch.stack(answers).mean(0).tolist()
+        gnorm = whole(torch.nn.utils.clip_grad_norm_(learn.values(), args.clip)).item()
+        due = step + 1 == steps or time.perf_counter() - saved > 60 * args.save_minutes
+        loss, left, due, stop = run.mean([*torch.stack(answers).mean(0), due, bool(run.stop)])
         if not math.isfinite(loss + gnorm):
-            raise UsageError(f"{name} step {step + 1}, windows {at - accumulate * B} to {at - 1}: "
+            raise UsageError(f"{name} step {step + 1}, windows {at} to {at + plan.batch // L - 1}: "
                              f"loss {loss}, gradient norm {gnorm}; these weights were not saved, "
                              "try a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
-        for rows, kept in held:
-            rows.copy_(kept)
+        for rows, which, kept in held:
+            rows[which] = kept
+        at += plan.batch // L
 
         # tell ------------------------------------------------------------
         seen, seconds = (step + 1) * plan.batch, time.perf_counter() - start
         speed = seen / seconds
+        mfu = speed * run.flops / (run.peak * world)
         bar.update(plan.batch)
         bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         run.log({"stage": name, "step": step + 1, "loss": loss, "left": left, "lr": lr,
-                 "gnorm": gnorm, "tokens": seen, "tok_s": speed})
+                 "gnorm": gnorm, "tokens": seen, "tok_s": speed, "mfu": mfu})
         if (step + 1) % max(1, steps // 8) == 0 or step + 1 == steps:
             bar.write(f"{name} step {step + 1:5}/{steps} | loss {loss:9.4f} | left {left:7.1%} | "
                       f"lr {lr:.1e} | gnorm {gnorm:8.3f} | {seen / 1e6:.2f}M tokens | "
-                      f"{speed:,.0f} tok/s | {clock((bar.total - seen) / speed)} "
-                      "to go", file=sys.stdout)
+                      f"{speed:,.0f} tok/s | mfu {mfu:.0%} | "
+                      f"{clock((bar.total - seen) / speed)} to go", file=sys.stdout)
 
         # keep ------------------------------------------------------------
-        if time.perf_counter() - saved > 60 * args.save_minutes or step + 1 == steps:
+        if due or stop:
             run.saved.save(name, step + 1, seconds, student, learn, optimizer)
             saved = time.perf_counter()
+        if stop:
+            raise Stopped(run.stop or signal.SIGTERM, f"{name}, after {step + 1} of {steps} steps")
     bar.close()
     student.requires_grad_(True)
     return time.perf_counter() - start
@@ -244,14 +272,39 @@ def decay_groups(learn, weight_decay):
             {"params": others, "weight_decay": 0.0}]
 
 
+def make_optimizer(learn, args):
+    groups = decay_groups(learn, args.weight_decay)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise UsageError("--optimizer adamw8bit needs torchao: pip install torchao") from error
+    return AdamW8bit(groups, betas=tuple(args.betas))
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):       # torchao's: a float would be compiled in
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 def rows_without_gradient(student):
-    """-> [(rows, their values)]: v and z are rows of in_proj that no mixing matrix contains. Weight
-    decay would shrink them in stage 1, so they are put back after each step."""
+    """-> [(weight, which of its rows, their values)]: v and z are rows of in_proj that no mixing
+    matrix contains. Weight decay would shrink them in stage 1, so they are put back after each
+    step."""
     held = []
     for i in student.ssm_layers:
         mixer = student.layers[i].mixer
-        v, _, _, z, _ = mixer.in_proj.weight.detach().split(mixer.sizes)
-        held += [(v, v.clone()), (z, z.clone())]
+        weight, which = mixer.in_proj.weight.detach(), torch.zeros(sum(mixer.sizes), dtype=bool)
+        v, _, _, z, _ = which.split(mixer.sizes)
+        v[:], z[:] = True, True
+        which = like(weight, which)
+        if isinstance(weight, DTensor):             # the rows that this process has
+            weight, which = weight.to_local(), which.to_local()
+        held.append((weight, which, weight[which].clone()))
     return held
 
 
@@ -270,27 +323,76 @@ def describe_learners(learn, student):
 # a run
 
 class Run:
-    """What all stages of a run share: arguments, folder, log, device, precision."""
+    """What all stages of a run share: arguments, folder, log, device, precision, other processes.
+
+    flops: of one token in the stage that runs   peak: FLOP/s this device is good for
+    """
 
     def __init__(self, args):
         self.args, self.folder = args, Path(args.out or f"out/{args.preset}")
-        self.stop, self.saved = None, Saved(self.folder / "last")
-        self.device, bf16, why = choose_device(args.device)
-        self.autocast = lambda: torch.autocast(self.device, torch.bfloat16, enabled=bf16)
+        self.device, self.bf16, why = choose_device(args.device, args.fp32)
+        self.rank, self.world = join(self.device)
+        in_bf16 = self.device == "cuda" and self.bf16
+        self.dtype = torch.bfloat16 if in_bf16 else torch.float32       # the teacher's
+        self.stop, self.flops = None, 0
+        self.saved = Saved(self.folder / "last", self.rank)
+        self.autocast = lambda: torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
+        self.peak, known = peak_of(self.device, self.bf16)
         print(f"device {self.device} ({why}) | weights and stage 1 in fp32, stages 2 and 3 "
-              f"{'autocast to bf16' if bf16 else 'in fp32'} | SSD in {ssd_path(self.device)}")
+              f"{'autocast to bf16' if self.bf16 else 'in fp32'} | SSD in {ssd_path(self.device)}")
+        if self.dtype == torch.bfloat16:
+            # Where a product is in fp32, the head's and stage 1's, ten bits of the inputs will do,
+            # and are ten times as fast: bf16, which all else is in, has seven.
+            torch.set_float32_matmul_precision("high")
+        if self.world > 1:
+            print(f"{self.world} processes, {'FSDP2' if args.fsdp else 'DDP'}")
+        print(f"mfu counts from {self.peak / 1e12:.2f} TFLOP/s, {known}")
 
-    def begin(self, teacher, data_folder):
+    def alone(self):
+        """From here on nobody else writes to this folder, until this process ends."""
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = filelock.FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
+            try:
+                self.lock.acquire()
+            except filelock.Timeout as error:
+                raise UsageError(f"another process is at work in {self.folder}: wait for it, "
+                                 "or choose another --out") from error
+
+    def begin(self, teacher, data):
         """A new run: nothing of an old one may be taken for it."""
-        shutil.rmtree(self.saved.folder, ignore_errors=True)
-        self.saved.folder.mkdir(parents=True)
-        names = [f"stage {stage}" for stage in self.args.stage] + ["stage 3 only", "from scratch"]
-        self.open_log(dict.fromkeys(names, 0))
-        self.describe(teacher, data_folder)
+        if self.rank == 0:
+            shutil.rmtree(self.saved.folder, ignore_errors=True)
+            self.saved.folder.mkdir(parents=True)
+            names = [f"stage {stage}" for stage in self.args.stage] + ["stage 3 only",
+                                                                      "from scratch"]
+            self.open_log(dict.fromkeys(names, 0))
+            self.describe(teacher, data)
+
+    def cost(self, *step):
+        return cost(*step, self.args, self.device == "cuda", self.bf16)
+
+    def memory(self):
+        """Largest number of bytes held so far: on a GPU by tensors, else by this process"""
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        unit = 1 if sys.platform == "darwin" else 2**10
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def mean(self, numbers):
+        """Of each number its mean over all processes, as floats"""
+        told = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.device)
+                            for x in numbers])
+        if self.world > 1:
+            dist.all_reduce(told)
+            told /= self.world
+        return told.tolist()
 
     def open_log(self, steps):
         """Of the lines of a stage in {stage: steps} so many stay, of other stages all: a student
         distilled stage by stage has one log."""
+        if self.rank:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "log.jsonl"
         old = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -303,10 +405,11 @@ class Run:
         self.file.flush()
 
     def log(self, event):
-        self.file.write(json.dumps(event) + "\n")
-        self.file.flush()
+        if self.rank == 0:
+            self.file.write(json.dumps(event) + "\n")
+            self.file.flush()
 
-    def describe(self, teacher, data_folder):
+    def describe(self, teacher, data):
         try:
             commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
                                     cwd=Path(__file__).parent).stdout.strip()
@@ -314,8 +417,9 @@ class Run:
             commit = ""
         plans = {stage: vars(plan) for stage, plan in self.args.plans.items()}
         about = {"arguments": vars(self.args) | {"plans": plans}, "teacher": teacher.name,
-                 "teacher_fingerprint": teacher.fingerprint, "data": str(data_folder),
-                 "commit": commit, "machine": platform.processor() or platform.machine(),
+                 "teacher_fingerprint": teacher.fingerprint, "data": str(data),
+                 "processes": self.world, "commit": commit,
+                 "machine": platform.processor() or platform.machine(),
                  "versions": {"python": platform.python_version(), "torch": torch.__version__,
                               "transformers": transformers.__version__}}
         (self.folder / "run.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -346,14 +450,14 @@ class Stopped(SystemExit):
 class Saved:
     """What a stopped run needs to go on, in out/<run>/last; gone when the run ends.
 
-    run.json            the recipe, the stages that are finished, the report so far
-    <stage>-<step>/     state.safetensors: weights, and AdamW's moments of what learns
-                        state.json: its SHA-256. The newest two are kept.
+    run.json                            the recipe, the stages that are finished, the report so far
+    <stage>-<step>-<hash>.safetensors   weights, and AdamW's moments of what learns, whatever number
+                                        of processes had them. The newest two are kept.
     The learning rate and the data are functions of the step, and nothing else is random.
     """
 
-    def __init__(self, folder):
-        self.folder, self.finished, self.rows = folder, [], {}
+    def __init__(self, folder, rank=0):
+        self.folder, self.rank, self.finished, self.rows = folder, rank, [], {}
 
     def look(self, recipe, fresh):
         """What is here of an unfinished run, which must be of this recipe. Changes no file."""
@@ -374,83 +478,197 @@ class Saved:
         """A stage is finished, or a row of the report is known."""
         self.finished += [stage] if stage else []
         self.rows |= rows
-        about = {"recipe": self.recipe, "finished": self.finished, "rows": self.rows}
-        partial = self.folder / ".run.json"
-        partial.write_text(json.dumps(about, indent=1) + "\n")
-        partial.replace(self.folder / "run.json")
-        for state in self.states(f"stage {stage}"):     # its model folder is what counts now
-            shutil.rmtree(state)
+        if self.rank == 0:
+            about = {"recipe": self.recipe, "finished": self.finished, "rows": self.rows}
+            partial = self.folder / ".run.json"
+            partial.write_text(json.dumps(about, indent=1) + "\n")
+            partial.replace(self.folder / "run.json")
+            for state in self.states(f"stage {stage}"):     # its model folder is what counts now
+                state.unlink()
 
     def states(self, name):
-        """Folders of this stage's states, newest first"""
-        found = self.folder.glob(f"{name}-*")
-        return sorted(found, key=lambda path: -int(path.name.rpartition("-")[2]))
+        """This stage's states, newest first"""
+        return sorted(self.folder.glob(f"{name}-*.safetensors"),
+                      key=lambda path: -int(path.stem.split("-")[1]))
 
     def save(self, name, step, seconds, student, learn, optimizer):
         tensors = {f"weights.{key}": p.detach() for key, p in student.named_parameters()}
         for key, p in learn.items():
             tensors |= {f"{moment}.{key}": optimizer.state[p][moment]
                         for moment in ("exp_avg", "exp_avg_sq") if p in optimizer.state}
-        partial, folder = self.folder / ".partial", self.folder / f"{name}-{step}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        for key, x in tensors.items():      # all processes ask for all of it, the first keeps it
+            tensors[key] = gathered if (gathered := whole(x)) is x else gathered.cpu()
+        if self.rank == 0:
+            self.write(name, step, seconds, tensors)
+        barrier()
+
+    def write(self, name, step, seconds, tensors):
+        partial = self.folder / ".partial"
         try:
-            save_file(tensors, partial / "state.safetensors")
-            with safe_open(partial / "state.safetensors", "pt") as file:
+            save_file(tensors, partial, metadata={"seconds": str(seconds)})
+            with safe_open(partial, "pt") as file:
                 if not all(torch.equal(file.get_tensor(key), x.cpu())
                            for key, x in tensors.items()):
                     raise OSError("what was read back is not what was written")
-            about = {"step": step, "seconds": seconds,
-                     "sha256": sha256(partial / "state.safetensors")}
-            (partial / "state.json").write_text(json.dumps(about))
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+            partial.rename(self.folder / f"{name}-{step}-{checksum(partial)}.safetensors")
         except Exception as error:          # a full disk is an error of half a dozen types
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UsageError(f"{folder} could not be saved ({error}); the state before it is kept: "
-                             "make room, and the same command goes on from there") from error
+            partial.unlink(missing_ok=True)
+            raise UsageError(f"{self.folder}/{name}-{step} could not be saved ({error}); the state "
+                             "before it is kept: make room, and the same command goes on from "
+                             "there") from error
         for old in self.states(name)[2:]:
-            shutil.rmtree(old)
+            old.unlink()
 
     def restore(self, name, student, learn, optimizer):
         """Load the newest state of this stage that is whole. -> steps done, seconds taken"""
-        for folder in self.states(name):
-            try:
-                about = json.loads((folder / "state.json").read_text())
-                if sha256(folder / "state.safetensors") != about["sha256"]:
-                    raise ValueError("its checksum differs")
-            except (OSError, ValueError, KeyError) as error:
-                print(f"{name} | {folder} is damaged ({error}): it is left out")
+        for path in self.states(name):
+            _, step, digest = path.stem.split("-")
+            if checksum(path) != digest:
+                print(f"{name} | {path} is damaged (its checksum differs): it is left out")
                 continue
-            with safe_open(folder / "state.safetensors", "pt") as file, torch.no_grad():
+            for p in learn.values():        # a step to nowhere makes the optimizer's own kind of
+                p.grad = torch.zeros_like(p)                # moments, 8 bits wide or in shards
+            optimizer.step()
+            optimizer.zero_grad()
+            with safe_open(path, "pt") as file, torch.no_grad():
                 for key, p in student.named_parameters():
-                    p.copy_(file.get_tensor(f"weights.{key}"))
+                    p.copy_(like(p, file.get_tensor(f"weights.{key}")))
                 for key, p in learn.items():
-                    optimizer.state[p] = {"step": torch.tensor(float(about["step"]))} | {
-                        moment: file.get_tensor(f"{moment}.{key}").to(p.device)
-                        for moment in ("exp_avg", "exp_avg_sq")}
-            print(f"{name} | goes on from {folder}")
-            return about["step"], about["seconds"]
+                    state = optimizer.state[p]
+                    state["step"].fill_(int(step))
+                    for moment in ("exp_avg", "exp_avg_sq"):
+                        state[moment].copy_(like(p, file.get_tensor(f"{moment}.{key}")))
+                seconds = float(file.metadata()["seconds"])
+            print(f"{name} | goes on from {path}")
+            return int(step), seconds
         return 0, 0.0
 
 
-def sha256(path):
+def checksum(path):
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def recipe_of(args, teacher, data):
-    """What must be the same for a run to go on; where it is written and when is not part of it."""
-    apart = ("out", "device", "fresh", "recompute", "save_minutes", "preset", "tokens", "batch",
-             "lr", "plans", "micro_batch", "stage")
+    """What must be the same for a run to go on; where it is written, how fast, and on how many
+    devices is not part of it."""
+    apart = ("out", "device", "fresh", "recompute", "save_minutes", "preset", "recipe", "tokens",
+             "batch", "lr", "plans", "micro_batch", "stage", "fsdp", "compile", "plan", "bench",
+             "world")
     plans = {f"stage {stage} {key}": value for stage, plan in args.plans.items()
-             for key, value in vars(plan).items()}
+             for key, value in vars(plan).items() if key != "micro_batch"}
     return {key: value for key, value in vars(args).items() if key not in apart} | plans | {
         "teacher's weights": teacher.fingerprint, "data's checksums": data.fingerprint}
 
 
-def choose_device(asked):
-    """-> the device, whether it is good at bf16, and why we think so"""
+# -----------------------------------------------------------------------------
+# many GPUs: torchrun starts one process for each, all with the same command
+
+def join(device):
+    """Of the processes that torchrun started, this is one. -> its number, how many there are"""
+    if "RANK" not in os.environ:
+        return 0, 1
+    local = None
+    if device == "cuda":
+        local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        # The others wait while the first prepares data and trains the tiny teacher.
+        dist.init_process_group("nccl" if local else "gloo", device_id=local,
+                                timeout=datetime.timedelta(hours=2))
+        atexit.register(dist.destroy_process_group)
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")          # the first speaks for all
+    return dist.get_rank(), dist.get_world_size()
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def first_alone(run):
+    """Within, process 0 goes before the others, who find done what it did."""
+    if run.rank:
+        barrier()
+    try:
+        yield
+    finally:
+        if run.rank == 0:
+            barrier()
+
+
+def spread(losses, student, teacher, run):
+    """-> tokens -> the losses of this process's tokens, and the context in which gradients wait
+
+    DDP sums the gradient of a parameter once backward has passed it, whichever call to backward
+    that is. Its forward only makes the generator, so stages 1 and 2 may go layer by layer. What
+    does not learn must be frozen before. FSDP2's shards are summed at once: to hold whole gradients
+    back would cost what sharding saves.
+    """
+    ask = functools.partial(losses, student, teacher)
+    if run.world == 1 or run.args.fsdp:
+        return ask, contextlib.nullcontext
+    ddp = DistributedDataParallel(Asked(student, ask), gradient_as_bucket_view=True)
+    return ddp, ddp.no_sync
+
+
+class Asked(nn.Module):
+    """What DDP wraps: a student that answers with its losses."""
+
+    def __init__(self, student, ask):
+        super().__init__()
+        self.student, self.forward = student, ask
+
+
+def shard_student(student):
+    """FSDP2, one shard group for each layer and one for embedding, last norm and head."""
+    # It fears that a view among a layer's answers is changed in place. None is.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    for layer in student.layers:
+        fully_shard(layer)
+        register_fsdp_forward_method(layer, "factors")
+    fully_shard(student)
+    for question in ("factors", "block", "hidden", "head"):
+        register_fsdp_forward_method(student, question)
+
+
+def shard_teacher(teacher):
+    head = teacher.model.lm_head                    # frozen, so it may be untied
+    head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
+    for part in (teacher.decoder.embed_tokens, *teacher.layers, teacher.final_norm, head):
+        fully_shard(part)
+
+
+def put_together(student):
+    """The student itself, or a copy on the CPU of one in shards"""
+    if not any(isinstance(p, DTensor) for p in student.parameters()):
+        return student
+    copied = SSM(student.config)
+    copied.load_state_dict({name: whole(x).cpu() for name, x in student.state_dict().items()})
+    return copied
+
+
+def whole(x):
+    """x, put together from its shards if it has some, which all processes must ask for at once;
+    in full width if it has 8 bits"""
+    x = x.full_tensor() if isinstance(x, DTensor) else x
+    return x.dequantize() if hasattr(x, "codes") else x
+
+
+def like(p, x):
+    """x as p is: on its device, or as shards"""
+    if isinstance(p, DTensor):
+        return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    return x.to(p.device)
+
+
+# -----------------------------------------------------------------------------
+# a run, from its start to its report
+
+def choose_device(asked, fp32=False):
+    """-> the device, whether stages 2 and 3 compute in bf16 there, and why we think so"""
     device = asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         bf16, why = torch.cuda.is_bf16_supported(), torch.cuda.get_device_name()
@@ -460,7 +678,21 @@ def choose_device(asked):
                                     or torch.cpu._is_avx512_bf16_supported())
         why = (f"{torch.get_num_threads()} threads, "
                f"{'with' if bf16 else 'without'} bf16 matrix instructions")
-    return device, bf16, why
+    return device, bf16 and not fp32, why
+
+
+def peak_of(device, bf16):
+    """-> FLOP/s of dense matrix products, by the maker's table or as measured, and which it is"""
+    for name, (peak, _) in GPUS.items():
+        if device == "cuda" and name in torch.cuda.get_device_name():
+            return peak, f"what {name} promises in bf16"
+    x, times = torch.ones(1024, 1024, dtype=torch.bfloat16 if bf16 else torch.float32,
+                          device=device), []
+    for _ in range(10):
+        start = time.perf_counter()
+        (x @ x).sum().item()
+        times.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(times), f"measured, {x.dtype} products".replace("torch.", "")
 
 
 def starting_student(stage, run, teacher, previous):
@@ -475,7 +707,7 @@ def starting_student(stage, run, teacher, previous):
             raise UsageError(f"{folder} was distilled from {about.get('teacher')}, whose weights "
                              f"are not those of {teacher.name}: choose another --out, or run the "
                              "stages before it again")
-        asked = layer_numbers(args.attn_layers, teacher)
+        asked = layer_numbers(args.attn_layers, len(teacher.layers))
         if args.attn_layers is not None and asked != student.config.attn_layers:
             raise UsageError(f"{folder} keeps attention in layers {student.config.attn_layers}, "
                              f"--attn_layers asks for {asked}: choose another --out")
@@ -490,15 +722,20 @@ def starting_student(stage, run, teacher, previous):
 
 def copy_of_teacher(run, teacher):
     torch.manual_seed(run.args.seed)
-    layers = layer_numbers(run.args.attn_layers, teacher)
-    if len(layers) == len(teacher.layers):
-        raise UsageError("every layer keeps its attention: there is no mixer to teach")
+    layers = kept_attention(run.args, len(teacher.layers))
     return SSM.from_teacher(teacher, layers, run.args.init)
 
 
-def layer_numbers(asked, teacher):
+def kept_attention(args, n_layer):
+    layers = layer_numbers(args.attn_layers, n_layer)
+    if len(layers) == n_layer:
+        raise UsageError("every layer keeps its attention: there is no mixer to teach")
+    return layers
+
+
+def layer_numbers(asked, n_layer):
     if asked == ["all"]:
-        return tuple(range(len(teacher.layers)))
+        return tuple(range(n_layer))
     try:
         return tuple(sorted({int(i) for i in asked or ()}))
     except ValueError as error:
@@ -511,16 +748,20 @@ def read_about(folder):
 
 def main(arguments=None):
     args = parse(arguments)
+    if args.plan is not None:
+        return show_plan(args)
     run, total = Run(args), sum(plan.tokens for plan in args.plans.values())
+    if args.bench:
+        return bench(run)
     tokenizer = Tokenizer(args.teacher)
-    data_folder = load_or_prepare(args.data, tokenizer, args.config, total)
-    data, held_out = Tokens(data_folder, "train", args.seed), Tokens(data_folder, "val")
-    if args.teacher == "tiny" and not TINY.exists():
-        run.open_log({"teacher": 0})
-        train_tiny(Tokens(data_folder, "train", seed=0), tokenizer, run.log, args.teacher_tokens,
-                   run.device, run.autocast)
-    teacher = Teacher.load(args.teacher, run.device,
-                           torch.bfloat16 if run.device == "cuda" else torch.float32)
+    with first_alone(run):
+        data_folder = load_or_prepare(args.data, tokenizer, args.config, total)
+        data, held_out = Tokens(data_folder, "train", args.seed), Tokens(data_folder, "val")
+        if args.teacher == "tiny" and not TINY.exists():
+            run.open_log({"teacher": 0})
+            train_tiny(Tokens(data_folder, "train", seed=0), tokenizer, run.log,
+                       args.teacher_tokens, run.device, run.autocast)
+    teacher = Teacher.load(args.teacher, run.device, run.dtype)
     if teacher.config.vocab_size < tokenizer.vocab_size:
         raise UsageError(f"the data has a {tokenizer.vocab_size:,}-word vocabulary, the teacher "
                          f"only {teacher.config.vocab_size:,}: prepare it with its own tokenizer")
@@ -531,31 +772,40 @@ def main(arguments=None):
 
     saved = run.saved
     saved.look(recipe_of(args, teacher, data), args.fresh)
+    barrier()                               # all have looked before the first changes anything
     todo, previous = [stage for stage in args.stage if stage not in saved.finished], None
     for stage in saved.finished:
         print(f"stage {stage} | was finished before: {run.folder}/stage{stage}")
         previous = stage
+    if not todo:
+        run.alone()
     for stage in todo:
         student, about = starting_student(stage, run, teacher, previous)
+        if stage == todo[0]:                # from here on files change: refusals are behind us
+            run.alone()
+            if not saved.rows:
+                run.begin(teacher, data_folder)
+                saved.note(teacher=compare(teacher, teacher, windows))
+            make_ready(teacher, shard_teacher, args)
         student.to(run.device).recompute = args.recompute
-        if not saved.rows:                  # from here on files change: all refusals are behind us
-            run.begin(teacher, data_folder)
-            saved.note(teacher=compare(teacher, teacher, windows))
+        make_ready(student, shard_student, args)
         if about["tokens"] == 0 and "copied" not in saved.rows:
             saved.note(copied=compare(student, teacher, windows) | about)
-        (losses, parts), plan = STAGES[stage], args.plans[stage]
-        print(f"\nstage {stage} of 3 | {losses.__doc__}")
-        losses, parts = with_options(losses, args), ("mixer.",) if args.train == "mixer" else parts
+        (losses, parts), plan = stage_of(stage, args), args.plans[stage]
+        print(f"\nstage {stage} of 3 | {STAGES[stage][0].__doc__}")
+        run.flops = useful(run.cost(losses, parts, student.config, teacher.config, plan))
         with stopping(run):
             seconds = train(f"stage {stage}", losses, parts, student, teacher, data,
                             about["tokens"] // args.context, run, plan)
         row = compare(student, teacher, windows) | {
             "tokens": about["tokens"] + plan.tokens // plan.batch * plan.batch,
             "seconds": about["seconds"] + seconds}
-        folder = run.folder / f"stage{stage}"
-        student.save_pretrained(folder, stage=stage, teacher=teacher.name,
-                                teacher_fingerprint=teacher.fingerprint, **row)
+        folder, student = run.folder / f"stage{stage}", put_together(student)
+        if run.rank == 0:
+            student.save_pretrained(folder, stage=stage, teacher=teacher.name,
+                                    teacher_fingerprint=teacher.fingerprint, **row)
         saved.note(stage)
+        barrier()
         print(f"stage {stage} | saved {folder} | {describe(row)}")
         previous = stage
     rows = {name: row for name, row in saved.rows.items() if name in ("teacher", "copied")}
@@ -564,16 +814,29 @@ def main(arguments=None):
             rows[f"stage {stage}"] = read_about(run.folder / f"stage{stage}")
     if args.controls:
         rows |= controls(run, teacher, data, windows, rows[f"stage {previous}"]["tokens"])
-    report(run, rows)
-    shutil.rmtree(saved.folder)
+    barrier()
+    if run.rank == 0:
+        report(run, rows)
+        shutil.rmtree(saved.folder)
+        (run.folder / ".lock").unlink()
 
 
-def with_options(losses, args):
-    """Stage 3's loss as the command line asks for it; the others have no options."""
-    if losses is not predictions:
-        return losses
-    return functools.partial(predictions, loss=args.loss, temperature=args.temperature,
-                             hard_weight=args.hard_weight)
+def make_ready(model, shard, args):
+    """Each layer compiled, the whole in shards, where asked for"""
+    if args.compile:
+        for layer in model.layers:
+            layer.compile()
+    if args.fsdp and dist.is_initialized():
+        shard(model)
+
+
+def stage_of(stage, args):
+    """A row of STAGES as the command line asks for it: stage 3's loss has options"""
+    losses, parts = STAGES[stage]
+    if losses is predictions:
+        losses = functools.partial(losses, loss=args.loss, temperature=args.temperature,
+                                   hard_weight=args.hard_weight)
+    return losses, ("mixer.",) if args.train == "mixer" else parts
 
 
 def controls(run, teacher, data, windows, tokens):
@@ -581,17 +844,18 @@ def controls(run, teacher, data, windows, tokens):
     last = run.args.plans[run.args.stage[-1]]
     plan = argparse.Namespace(**vars(last) | {"tokens": tokens,
                                               "lr": run.args.control_lr or last.lr})
-    names = {"stage 3 only": predictions, "from scratch": next_tokens}
+    names = {"stage 3 only": stage_of(3, run.args)[0], "from scratch": next_tokens}
     for name, losses in names.items():
         if name in run.saved.rows:
             continue
-        print(f"\n{name} | {losses.__doc__}")
+        print(f"\n{name} | {getattr(losses, 'func', losses).__doc__}")
         student = copy_of_teacher(run, teacher)
         if losses is next_tokens:
             student = SSM(student.config)
+        make_ready(student.to(run.device), shard_student, run.args)
+        run.flops = useful(run.cost(losses, ("everything",), student.config, teacher.config, plan))
         with stopping(run):
-            seconds = train(name, with_options(losses, run.args), ("everything",),
-                            student.to(run.device), teacher, data, 0, run, plan)
+            seconds = train(name, losses, ("everything",), student, teacher, data, 0, run, plan)
         row = compare(student, teacher, windows) | {"tokens": tokens, "seconds": seconds}
         run.saved.note(**{name: row})
         print(f"{name} | {describe(row)}")
@@ -611,12 +875,244 @@ def report(run, rows):
         table.append(f"| {name:<12} | {row['loss']:8.4f} | {math.exp(min(row['loss'], 20)):6.2f} | "
                      f"{row['kl']:6.4f} | {row['top1']:6.1%} | {spent:<23} |")
     (run.folder / "report.md").write_text("\n".join(table) + "\n")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin"
-                                                                   else 20)
     print("\n" + "\n".join(table))
     print("\nval loss and KL to the teacher in nats per held-out token; tokens and seconds count "
-          f"from the copy on; peak memory {peak:.1f} GB\nsaved {run.folder}/report.md | "
-          f"next: python eval.py {run.folder}")
+          f"from the copy on; peak memory {run.memory() / 1e9:.1f} GB\n"
+          f"saved {run.folder}/report.md | next: python eval.py {run.folder}")
+
+
+# -----------------------------------------------------------------------------
+# what it costs. A step is run on tensors without contents (torch's fake tensors), so that what is
+# counted is what the code above does, at any size, and nothing is computed or held.
+
+SHARDED = ("weights", "gradients", "optimizer", "teacher")      # by FSDP2
+CUDA_ITSELF = 1e9           # its context, libraries' workspaces, and what the allocator loses
+GPUS = {  # FLOP/s in bf16 without sparsity, memory in bytes; as their makers say
+    "B200": (2250e12, 180e9), "H200": (989e12, 141e9), "H100": (989e12, 80e9),
+    "A100": (312e12, 80e9), "L40S": (362e12, 48e9), "4090": (165e12, 24e9), "3090": (71e12, 24e9),
+}
+
+
+class Meter(TorchDispatchMode):
+    """Counts what happens within: FLOPs by who computes, bytes held now and at most.
+
+    flops: "teacher", "student", "backward", and "again": what checkpoints compute a second time
+    A causal attention counts half of its matrix.
+    """
+
+    def __init__(self, vocab_size, frozen):
+        super().__init__()
+        self.flops, self.backward, self.vocab_size = collections.Counter(), False, vocab_size
+        self.held, self.now, self.at_peak = {}, [0, 0], [0, 0]      # bytes: all, maps of logits
+        self.frozen = {p.untyped_storage()._cdata for p in frozen}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        answer = function(*args, **(kwargs or {}))
+        inputs = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+        flops, packet = 0, function._overloadpacket
+        if packet == torch.ops.aten.convolution_backward:   # torch's formula ignores groups
+            flops = 4 * inputs[0].numel() * inputs[2][0].numel()
+        elif "scaled_dot_product" in str(packet):
+            backward = "backward" in str(packet)            # there dy comes before q and k
+            (B, H, L, N), T = inputs[backward].shape, inputs[1 + backward].shape[2]
+            flops = 2 * B * H * L * T * N * (2.5 if backward else 1)
+        elif packet == torch.ops.mohawk.orientation:
+            (B, L, H, N), N_T = inputs[2].shape, inputs[0].shape[-1]
+            flops = B * H * L * L * (N_T + 3 * N)           # 4 products of half a matrix
+        elif packet in flop_registry:
+            flops = flop_registry[packet](*args, **(kwargs or {}), out_val=answer)
+        if flops:
+            teachers = any(x.untyped_storage()._cdata in self.frozen for x in inputs)
+            again = self.backward and (teachers or torch.is_grad_enabled())
+            ours = torch.is_grad_enabled() or packet == torch.ops.mohawk.orientation
+            who = "student" if ours else "teacher"
+            self.flops["again" if again else "backward" if self.backward else who] += flops
+        for x in tree_leaves(answer):
+            if isinstance(x, torch.Tensor):
+                self.hold(x)
+        return answer
+
+    def hold(self, x):
+        storage = x.untyped_storage()
+        if storage._cdata in self.held:
+            return
+        n = storage.nbytes()
+        logits = n if x.dim() == 2 and x.shape[-1] == self.vocab_size else 0
+        self.held[storage._cdata] = n, logits
+        weakref.finalize(storage, self.drop, storage._cdata)
+        self.now = [self.now[0] + n, self.now[1] + logits]
+        self.at_peak = max(self.at_peak, self.now)
+
+    def drop(self, key):
+        n, logits = self.held.pop(key)
+        self.now = [self.now[0] - n, self.now[1] - logits]
+
+
+def fake_step(losses, parts, config, hf, plan, args, gpu, bf16):
+    """One micro-batch of a student `config` and a teacher `hf` -> FLOPs and bytes, by part"""
+    with FakeTensorMode():
+        teacher = Teacher.random(hf, dtype=torch.bfloat16 if gpu else torch.float32)
+        student = SSM(config)
+        student.recompute = args.recompute
+        learn = choose_learners(student, parts)
+        for p in learn.values():
+            p.grad = torch.zeros_like(p)            # as it is after the first micro-batch
+        tokens = torch.zeros(plan.micro_batch, args.context, dtype=torch.long)
+        frozen, weights = list(teacher.model.parameters()), list(student.parameters())
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16 and losses is not matrices)
+        with Meter(config.vocab_size, frozen) as meter, autocast:
+            for p in (*frozen, *weights, *(p.grad for p in learn.values())):
+                meter.hold(p)
+            for loss, _ in losses(student, teacher, tokens):
+                meter.backward = True
+                loss.backward()
+                meter.backward = False
+        sizes = {"weights": weights, "gradients": learn.values(), "teacher": frozen}
+        sizes = {part: sum(p.numel() * p.element_size() for p in tensors)
+                 for part, tensors in sizes.items()}
+        peak, logits = meter.at_peak
+        sizes |= {"activations": peak - sum(sizes.values()) - logits, "logits": logits,
+                  "optimizer": sum(bytes_of_moments(p, args.optimizer) for p in learn.values())}
+        counts = {"learn": sum(p.numel() for p in learn.values()),
+                  "all": sum(p.numel() for p in weights)}
+    flops = {who: meter.flops[who] / tokens.numel()
+             for who in ("teacher", "student", "backward", "again")}
+    return flops | {f"{part} bytes": n for part, n in sizes.items()} | counts
+
+
+def bytes_of_moments(p, optimizer):
+    """Bytes of AdamW's two moments. Of 8 bits each, with a scale for 256, if that is a whole number
+    of them and not few."""
+    eight = optimizer == "adamw8bit" and p.numel() >= 4096 and p.numel() % 256 == 0
+    return p.numel() * 2 * (1 + 4 / 256) if eight else p.numel() * 8
+
+
+def cost(losses, parts, config, hf, plan, args, gpu, bf16):
+    """What fake_step says of the whole model, from models of two and of three layers: all layers of
+    a kind cost the same. "gathered bytes": what FSDP2 holds beside its shards."""
+    def measured(n, *attn_layers):
+        small = copy.deepcopy(hf)
+        small.num_hidden_layers = n
+        if getattr(hf, "layer_types", None):
+            small.layer_types = hf.layer_types[:n]
+        shapes = dataclasses.replace(config, n_layer=n, attn_layers=attn_layers)
+        return fake_step(losses, parts, shapes, small, plan, args, gpu, bf16)
+
+    attention, ssms = len(config.attn_layers), config.n_layer - len(config.attn_layers)
+    two, three = measured(2), measured(3)
+    mixed = measured(3, 1) if attention else two
+    costs = {key: two[key] + (ssms - 2) * (three[key] - two[key])
+             + attention * (mixed[key] - two[key]) for key in two}
+    return costs | {"gathered bytes": sum(two[f"{part} bytes"] for part in
+                                          ("weights", "gradients", "teacher"))}
+
+
+def useful(costs):
+    """FLOPs for one token that mfu counts: all but what is computed a second time"""
+    return costs["teacher"] + costs["student"] + costs["backward"]
+
+
+def show_plan(args):
+    """--plan: what each stage would take. No weights are read, no data, and no GPU is needed."""
+    hf = architecture(args.teacher)
+    config = Config(**shapes_of(hf, Teacher.random(hf, "meta").inv_freq) | {
+        "attn_layers": kept_attention(args, hf.num_hidden_layers)})
+    device, bf16, _ = choose_device(args.device, args.fp32)
+    if args.plan in GPUS:
+        device, bf16 = "cuda", True
+    peak, room = GPUS.get(args.plan) or (peak_of(device, bf16)[0], math.inf)
+    hours, shards = 0, args.world if args.fsdp else 1
+    print(f"{args.teacher} on {args.world} x {args.plan or device}, {peak / 1e12:.4g} TFLOP/s "
+          f"each, of which {args.mfu:.0%} (--mfu; --bench measures it)")
+    for stage, plan in args.plans.items():
+        losses, parts = stage_of(stage, args)
+        costs = cost(losses, parts, config, hf, plan, args, device == "cuda", bf16)
+        steps, windows = plan.tokens // plan.batch, plan.micro_batch * args.world
+        spent = useful(costs) * steps * plan.batch / (peak * args.mfu * args.world) / 3600
+        hours += spent
+        print(f"\nstage {stage} | {steps * plan.batch:,} tokens = {steps:,} steps x {plan.batch:,} "
+              f"(batch {plan.micro_batch} x length {args.context} x accumulate "
+              f"{plan.batch // args.context // windows} x {args.world} GPUs)\n"
+              f"stage {stage} | {costs['learn']:,} parameters learn, "
+              f"{costs['all'] - costs['learn']:,} are frozen\n"
+              f"stage {stage} | GFLOP a token: teacher {costs['teacher'] / 1e9:.3g}, student "
+              f"{costs['student'] / 1e9:.3g}, backward {costs['backward'] / 1e9:.3g}, computed "
+              f"again {costs['again'] / 1e9:.3g} | {spent:.3g} hours")
+        memory = {part: costs[f"{part} bytes"] / (shards if part in SHARDED else 1) / 1e9
+                  for part in (*SHARDED, "activations", "logits")}
+        memory |= {"gathered": costs["gathered bytes"] / 1e9} if args.fsdp else {}
+        memory |= {"CUDA": CUDA_ITSELF / 1e9} if device == "cuda" else {}
+        total = sum(memory.values())
+        verdict = "" if room == math.inf else (
+            f" of {room / 1e9:.0f}, which {'fits' if total < room / 1e9 else 'does not fit'}")
+        print(f"stage {stage} | GB: " + ", ".join(f"{part} {n:.2f}" for part, n in memory.items())
+              + f" = {total:.2f}{verdict}")
+    print(f"\n{hours:.3g} hours in all. To take less memory: --micro_batch, --recompute, "
+          "--optimizer adamw8bit, --fsdp")
+
+
+def bench(run):
+    """--bench: each stage timed on random tokens, with a random teacher of this architecture"""
+    args, hf = run.args, architecture(run.args.teacher)
+    teacher = Teacher.random(hf, run.device, run.dtype)
+    make_ready(teacher, shard_teacher, args)
+    names = ("teacher", "student", "backward", "optimizer", "step", "tok/s", "mfu", "GB", "planned")
+
+    def timed(work, n=20):
+        wait = torch.cuda.synchronize if run.device == "cuda" else lambda: None
+        work(), wait()
+        start = time.perf_counter()
+        for _ in range(n):
+            work()
+        wait()
+        return 1e3 * (time.perf_counter() - start) / n
+
+    print("\n| stage " + "".join(f"| {name:>9} " for name in names) + "|\n|-------"
+          + "|-----------" * len(names) + "|")
+    for stage, plan in args.plans.items():
+        losses, parts = stage_of(stage, args)
+        student = copy_of_teacher(run, teacher).to(run.device)
+        student.recompute = args.recompute
+        make_ready(student, shard_student, args)
+        learn = choose_learners(student, parts)
+        optimizer = make_optimizer(learn, args)
+        ask, _ = spread(losses, student, teacher, run)
+        tokens = torch.randint(hf.vocab_size, (plan.micro_batch, args.context), device=run.device)
+        autocast = contextlib.nullcontext if losses is matrices else run.autocast
+        works = works_of(stage, student, teacher, ask, tokens, autocast)
+        ms = {name: timed(work) for name, work in (works | {"optimizer": optimizer.step}).items()}
+        accumulate = plan.batch // (tokens.numel() * run.world)
+        step = accumulate * ms["backward"] + ms["optimizer"]
+        costs = run.cost(losses, parts, student.config, hf, plan)
+        mfu = useful(costs) * plan.batch / (step / 1e3 * run.peak * run.world)
+        planned = sum(costs[f"{part} bytes"] for part in (*SHARDED, "activations", "logits"))
+        cells = [f"{x:9.1f}" for x in (
+            ms["teacher"], ms["student"] - ms["teacher"], ms["backward"] - ms["student"],
+            ms["optimizer"], step)] + [f"{1e3 * plan.batch / step:9,.0f}", f"{mfu:9.1%}",
+                                       f"{run.memory() / 1e9:9.2f}", f"{planned / 1e9:9.2f}"]
+        print(f"| {stage:5} | " + " | ".join(cells) + " |")
+    print("\nms for a micro-batch, mean of 20; in `step` for a whole batch")
+
+
+def works_of(stage, student, teacher, ask, tokens, autocast):
+    """What a micro-batch takes, each with what comes before it -> {name: function}"""
+    def teacher_alone():
+        with autocast():
+            if stage == 3:
+                theirs = teacher.hidden(tokens).flatten(0, 1)
+                for part in theirs.split(max(1, LOGITS_AT_ONCE // student.config.vocab_size)):
+                    teacher.head(part)
+            else:
+                for i, u in teacher.inputs(tokens, only=student.ssm_layers):
+                    teacher.block(i, u)
+
+    def answers(backward):
+        with autocast():
+            for loss, _ in ask(tokens):
+                if backward:
+                    loss.backward()
+    return {"teacher": teacher_alone, "student": functools.partial(answers, False),
+            "backward": functools.partial(answers, True)}
 
 
 # -----------------------------------------------------------------------------
@@ -632,6 +1128,8 @@ def parse(arguments=None):
     add("--teacher", help="a Hugging Face id or folder, a .gguf file, smollm2, or tiny")
     add("--data", help="stdlib, a file or folder of text, JSONL or Parquet, or a Hugging Face id")
     add("--config", help="which part of a Hugging Face data set")
+    add("--recipe", choices=RECIPES, help="the paper's, or what the field learned since "
+        "[phi: paper; else modern]")
     add("--init", choices=("mohawk", "qkv"), help="mixers start MOHAWK's way, or from q, k, v")
     add("--attn_layers", nargs="+", help="layers that keep attention; paper: 4 10 16 22 [none]")
     add("--out", help="folder of the run [out/<preset>]")
@@ -645,8 +1143,6 @@ def parse(arguments=None):
     add("--hard_weight", type=float, default=0.0, help="of the next-token loss beside it [0]")
     add("--train", choices=("paper", "mixer"), default="paper",
         help="what learns: as the paper's stages, or the mixers only, in stage 3 too [paper]")
-    add("--recompute", action="store_true",
-        help="keep one activation a layer for the backward and compute the others again")
     add("--context", type=int, help="tokens per window")
     add("--micro_batch", type=int, help="windows at once; the rest of a batch is accumulated")
     add("--warmup", type=float, help="share of the steps in which the learning rate rises")
@@ -654,12 +1150,25 @@ def parse(arguments=None):
     add("--betas", type=float, nargs=2, default=(0.9, 0.95), help="AdamW's [0.9 0.95]")
     add("--weight_decay", type=float, default=0.1, help="of matrices [%(default)s]")
     add("--clip", type=float, default=1.0, help="largest gradient norm [%(default)s]")
+    add("--recompute", action="store_true",
+        help="keep one activation a layer for the backward and compute the others again")
+    add("--fp32", action="store_true", help="also where bf16 would be as good and faster")
+    add("--compile", action="store_true", help="torch.compile each layer of both models")
+    add("--fsdp", action="store_true", help="under torchrun, shard both models (else DDP)")
+    add("--optimizer", choices=("adamw", "adamw8bit"), default="adamw",
+        help="of 8 bits: 2 bytes a parameter instead of 8, needs torchao [%(default)s]")
     add("--save_minutes", type=float, default=10, help="between two states to go on from [10]")
     add("--fresh", action="store_true", help="start over, where an unfinished run lies")
     add("--seed", type=int, default=0, help="of new weights and of data order [%(default)s]")
     add("--device", default="auto", help="cuda, cpu or mps [%(default)s]")
     # to compare with
     add("--eval_tokens", type=count, help="held-out tokens to read")
+    add("--plan", nargs="?", const="", metavar="GPU",
+        help=f"print what it would cost on {', '.join(GPUS)} [this machine], and stop")
+    add("--world", type=int, default=int(os.environ.get("WORLD_SIZE", 1)),
+        help="how many GPUs to plan for [1]")
+    add("--mfu", type=float, default=0.4, help="share of their peak to plan with [%(default)s]")
+    add("--bench", action="store_true", help="time the stages on random tokens, and stop")
     add("--controls", action="store_true", help="also stage 3 alone, and no teacher at all")
     add("--control_lr", type=float, help="their learning rate [the last stage's]")
     add("--teacher_tokens", type=count, default=4 * 10**6, help="for the tiny one [%(default)s]")
@@ -669,9 +1178,12 @@ def parse(arguments=None):
         args.preset, some = ("phi", "a") if torch.cuda.is_available() else ("tiny", "no")
         print(f"preset {args.preset}, since there is {some} CUDA device (or choose by --preset)")
     preset, own = PRESETS[args.preset], {x: getattr(args, x) for x in ("tokens", "batch", "lr")}
+    preset = {"warmup": 0.1} | preset | RECIPES[args.recipe or preset["recipe"]]
     for name, value in preset.items():
-        if getattr(args, name) is None:
+        if getattr(args, name, 0) is None:
             setattr(args, name, value)
+    shares = [preset["shares"][stage - 1] for stage in args.stage if stage in STAGES]
+    whole_run = preset["tokens"] * sum(shares) / sum(preset["shares"])
     if args.data is None:
         raise UsageError(f"--preset {args.preset} brings no text: give --data, a file or folder")
     if set(args.stage) - set(STAGES) or sorted(set(args.stage)) != args.stage:
@@ -679,9 +1191,12 @@ def parse(arguments=None):
                          "in this order")
     if args.temperature <= 0 or args.hard_weight < 0:
         raise UsageError("--temperature must be above 0, and --hard_weight not below it")
-    if own["tokens"] and len(own["tokens"]) == 1:
-        shares = [PAPER_TOKENS[stage - 1] for stage in args.stage]
-        own["tokens"] = [round(own["tokens"][0] * share / sum(shares)) for share in shares]
+    if not own["tokens"] or len(own["tokens"]) == 1:
+        total = own["tokens"][0] if own["tokens"] else whole_run
+        own["tokens"] = [round(total * share / sum(shares)) for share in shares]
+    if args.plan and args.plan not in GPUS:
+        raise UsageError(f"--plan {args.plan}: choose among {', '.join(GPUS)}, or none")
+    world = args.world if args.plan is not None else int(os.environ.get("WORLD_SIZE", 1))
 
     args.plans = {}
     for n, stage in enumerate(args.stage):
@@ -691,10 +1206,14 @@ def parse(arguments=None):
         if plan.batch % args.context or plan.batch == 0:
             raise UsageError(f"--batch {plan.batch} is not a whole number of windows of --context "
                              f"{args.context}")
+        if plan.batch // args.context % world:
+            raise UsageError(f"--batch {plan.batch} is {plan.batch // args.context} windows of "
+                             f"--context {args.context}, which {world} processes cannot share "
+                             "evenly: choose another --batch")
         if plan.tokens < plan.batch:
             raise UsageError(f"stage {stage} has {plan.tokens:,} tokens, less than one batch of "
                              f"{plan.batch:,}: give more --tokens or a smaller --batch")
-        plan.micro_batch = math.gcd(args.micro_batch, plan.batch // args.context)
+        plan.micro_batch = math.gcd(args.micro_batch, plan.batch // args.context // world)
     return args
 
 

@@ -30,6 +30,7 @@ import tracemalloc
 import types
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import tokenizers
@@ -1158,7 +1159,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20, stu
 class Scratch:
     """What train() needs of a Run, with nothing written."""
     device, autocast = "cpu", staticmethod(lambda: torch.autocast("cpu", enabled=False))
-    stop, saved = None, types.SimpleNamespace(restore=lambda *_: (0, 0.0), save=lambda *_: None)
+    stop, world, rank, flops, peak = None, 1, 0, 0, 1
+    mean = staticmethod(lambda numbers: [float(x) for x in numbers])
+    saved = types.SimpleNamespace(restore=lambda *_: (0, 0.0), save=lambda *_: None)
 
     def open_log(self, steps):
         pass
@@ -1388,16 +1391,15 @@ def test_a_damaged_state_is_left_out_and_the_one_before_goes_on(
         tmp_path, teacher_folder, data_folder, a_longer_run, monkeypatch, capsys):
     command = flags(tmp_path / "run", teacher_folder, data_folder, *LONGER)
     stopped_run(monkeypatch, command)
-    states = sorted(p.name for p in (tmp_path / "run" / "last").glob("stage 2-*"))
-    assert states == ["stage 2-4", "stage 2-5"]                 # the newest two
-    newest = tmp_path / "run" / "last" / "stage 2-5" / "state.safetensors"
+    before, newest = sorted((tmp_path / "run" / "last").glob("stage 2-*"))      # two are kept
+    assert [p.name.split("-")[1] for p in (before, newest)] == ["4", "5"]
     data = bytearray(newest.read_bytes())
     data[-3] ^= 1
     newest.write_bytes(data)
     distill.main(command)
     said = capsys.readouterr().out
-    assert "stage 2-5 is damaged (its checksum differs): it is left out" in said
-    assert f"stage 2 | goes on from {tmp_path}/run/last/stage 2-4" in said
+    assert f"{newest} is damaged (its checksum differs): it is left out" in said
+    assert f"stage 2 | goes on from {before}" in said
     assert same_end(end_of(tmp_path / "run"), a_longer_run)
 
 
@@ -1418,20 +1420,91 @@ def test_a_full_disk_loses_nothing(tmp_path, teacher_folder, data_folder, a_long
                                    monkeypatch):
     command, saves = flags(tmp_path / "run", teacher_folder, data_folder, *LONGER), []
 
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         saves.append(path)
         if len(saves) > 12:
             path.write_bytes(b"half of it")
             raise OSError(28, "No space left on device")
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
     with monkeypatch.context() as patch:
         patch.setattr(distill, "save_file", full)
         with pytest.raises(UsageError, match="stage 2-5 could not be saved .*No space left.*kept"):
             distill.main(command)
-    left = sorted(p.name for p in (tmp_path / "run" / "last").iterdir())
-    assert left == ["run.json", "stage 2-3", "stage 2-4"]
+    left = sorted(p.name.rpartition("-")[0] for p in (tmp_path / "run" / "last").iterdir())
+    assert left == ["", "stage 2-3", "stage 2-4"]               # the first is run.json
     distill.main(command)
     assert same_end(end_of(tmp_path / "run"), a_longer_run)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, teacher_folder, data_folder):
+    command = flags(tmp_path / "run", teacher_folder, data_folder, *LONGER)
+    with filelock.FileLock(tmp_path / "run" / ".lock"):
+        done = subprocess.run([sys.executable, HERE / "distill.py", *command],
+                              capture_output=True, text=True)
+    assert done.returncode == 2 and "another process is at work in" in done.stderr, done
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+# -----------------------------------------------------------------------------
+# several processes, as torchrun starts them
+
+def torchrun(processes, *command):
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+            "--master_port", str(29500 + os.getpid() % 1000), str(HERE / "distill.py"), *command]
+
+
+@pytest.mark.parametrize("more", [(), ("--fsdp",)], ids=["ddp", "fsdp"])
+def test_two_processes_distil_as_one_does(tmp_path, teacher_folder, data_folder, more):
+    # Batches of 256 tokens are 8 windows, 4 for each of two processes, in micro-batches of 2: the
+    # sums of one process, in another order. In fp32 that is 6e-8 a step, which the steps amplify.
+    command = ["--batch", "256", "--tokens", "1536", "1536", "1536", "--micro_batch", "2",
+               "--save_minutes", "0", "--attn_layers", "1", "--fp32", "--device", "cpu", *more]
+    def losses(out):
+        return [(e["stage"], e["tokens"], e["loss"]) for e in map(
+            json.loads, (out / "log.jsonl").read_text().splitlines())]
+    one, two = (flags(tmp_path / name, teacher_folder, data_folder, *command)
+                for name in ("one", "two"))
+    distill.main(one)
+    done = subprocess.run(torchrun(2, *two), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("stage 3 | saved") == 1
+    assert len(losses(tmp_path / "one")) == 18
+    for (stage, tokens, want), got in zip(losses(tmp_path / "one"), losses(tmp_path / "two"),
+                                          strict=True):
+        assert got == (stage, tokens, pytest.approx(want, rel=1e-5))
+    # Where a gradient is all but 0, AdamW's step is the sign of a rounding error: single weights
+    # may differ by a learning rate, all of them together do not.
+    ours, theirs = (load_file(tmp_path / name / "stage3" / "model.safetensors")
+                    for name in ("one", "two"))
+    assert ours.keys() == theirs.keys()
+    assert rel(*(torch.cat([w.flatten() for w in x.values()]) for x in (theirs, ours))) < 1e-4
+
+
+def test_what_several_processes_began_one_may_end(tmp_path, teacher_folder, data_folder):
+    command = flags(tmp_path / "run", teacher_folder, data_folder, "--batch", "256", "--tokens",
+                    "512", "512", "12800", "--save_minutes", "0", "--fp32", "--fsdp")
+    run = subprocess.Popen(torchrun(2, *command), stdout=subprocess.DEVNULL,
+                           stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "log.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 10:
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.01)
+    run.terminate()
+    assert "stopped by SIGTERM in stage 3, after" in run.communicate()[1]
+    assert run.returncode != 0
+    reached = len(log.read_text().splitlines())
+    distill.main(command)
+    command[command.index("--out") + 1] = str(tmp_path / "other")
+    distill.main(command)
+    ends = [[json.loads(line)["loss"] for line in
+             (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("run", "other")]
+    assert reached < len(ends[0]) == 54 and ends[0] == pytest.approx(ends[1], rel=1e-4)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match="8 windows of --context 32, which 3 processes cannot"):
+        distill.parse(["--preset", "tiny", "--context", "32", "--batch", "256"])
 
 
 # -----------------------------------------------------------------------------
