@@ -39,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 from model_ssm import UsageError, ask_hub, first_line
-from model_teacher import find
+from model_teacher import byte_letters, find
 
 END_OF_TEXT = "<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
@@ -157,14 +157,6 @@ def gpt2_encoding(hf):
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|"
         rf"{space}++(?!\S)|{space}+(?={space})|{space}")
     return tiktoken.Encoding("gpt2 like", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-
-def byte_letters():
-    """GPT-2 writes each byte as a letter: a printable one as itself, others from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {
-        byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
 # -----------------------------------------------------------------------------
