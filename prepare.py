@@ -469,7 +469,7 @@ def prepare(source, folder, tokenizer, config=None, tokens=None, processes=None)
         free = shutil.disk_usage(folder.parent).free
         if needed > free:
             raise UsageError(f"{folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
-                             "make room")
+                             "make room, or stream with distill.py --stream")
         partial.mkdir(exist_ok=True)
         try:
             speed = write_shards(documents, partial, tokenizer, meta, processes)
@@ -640,6 +640,69 @@ class Tokens:
         chosen = np.linspace(0, starts[-1] - 1, min(n, int(starts[-1]))).astype(int)
         rows = [self._window(i, starts, L) for i in chosen]
         return torch.from_numpy(np.stack(rows))               # (n, L + 1)
+
+
+class Stream:
+    """The tokens of a source as it is read, nothing on disk, asked as Tokens is.
+
+    batch(at, B, L)  -> (B, L + 1) int64: windows at ... at + B - 1 in the source's own order.
+                        Nothing is shuffled: C4 and FineWeb-Edu come shuffled, a book does not.
+    windows(n, L)    -> (n, L + 1) int64: the first n windows, of the `held_out` tokens that no
+                        batch contains
+    Still a place is one number. A later one is reached by reading over what lies between, an
+    earlier one from the beginning. Where the source ends it begins again. UsageError if it is too
+    short for one window, and for what Documents says.
+    """
+
+    def __init__(self, source, tokenizer, config=None, held_out=0):
+        self.documents, self.tokenizer = Documents(source, config), tokenizer
+        self.held_out, self.length = held_out, None         # length: known once the end was seen
+        # The last held-out window also has the token after it, as what comes next.
+        self.begin = held_out + 1 if held_out else 0
+        self.fingerprint = [str(source), config, self.documents.files, tokenizer.fingerprint,
+                            held_out]
+        self._rewind()
+
+    def _rewind(self):
+        batches = self.documents.batches()
+        self.encoded, self.first, self.ids = encoded(batches, self.tokenizer), 0, np.empty(0, int)
+
+    def _read(self, start, stop):
+        """Tokens `start` to `stop` of the source, fewer where it ends, as int64."""
+        if start < self.first:
+            self._rewind()
+        while self.first + len(self.ids) < stop:
+            pieces, *_ = next(self.encoded, (None,))
+            if pieces is None:
+                self.length = self.first + len(self.ids)
+                break
+            # What lies before `start` was read over, or has been asked for: it can go.
+            done = min(max(0, start - self.first), len(self.ids))
+            self.ids, self.first = np.concatenate([self.ids[done:], *pieces]), self.first + done
+        return self.ids[max(0, start - self.first):stop - self.first].astype(np.int64)
+
+    def _window(self, position, L):
+        if self.length is not None:
+            each = (self.length - self.begin - 1) // L      # windows an epoch
+            if each < 1:
+                raise UsageError(f"{self.documents.source} has {self.length:,} tokens, "
+                                 f"{self.held_out:,} of them held out: too few for one window of "
+                                 f"{L + 1}")
+            position %= each
+        start = self.begin + position * L                   # neighbours share one token
+        ids = self._read(start, start + L + 1)
+        return ids if len(ids) == L + 1 else self._window(position, L)
+
+    def batch(self, at, B, L):
+        rows = [self._window(position, L) for position in range(at, at + B)]
+        return torch.from_numpy(np.stack(rows))             # (B, L + 1)
+
+    def windows(self, n, L):
+        ids = self._read(0, n * L + 1)
+        if len(ids) <= n * L or n * L > self.held_out:
+            raise UsageError(f"{n} held-out windows of {L} are asked for: {self.held_out:,} tokens "
+                             f"are held out of {self.documents.source}")
+        return torch.from_numpy(ids).unfold(0, L + 1, L).contiguous()       # (n, L + 1)
 
 
 def data_folder(source, tokenizer):

@@ -1173,7 +1173,7 @@ def test_a_disk_that_is_or_will_be_full_is_one_line_and_loses_nothing(
     tokenizer, sync, syncs = Tokenizer("bytes"), os.fsync, []
     with monkeypatch.context() as patch:
         patch.setattr(prepare.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2.1e9))
-        with pytest.raises(UsageError, match="needs 6.0 GB, 2.1 GB are free: make room"):
+        with pytest.raises(UsageError, match="needs 6.0 GB, 2.1 GB are free: make room, or stream"):
             prepare.prepare(str(mixed_texts), tmp_path / "out", tokenizer, tokens=3 * 10**9)
     assert list(tmp_path.iterdir()) == []
 
@@ -1210,6 +1210,62 @@ def test_a_data_set_without_text_says_what_it_has(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match='some/texts: no column named "text", only content, url'):
         prepare.prepare("some/texts", tmp_path / "out", Tokenizer("bytes"))
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+class Numbers(Tokenizer):
+    """A text is numbers, each a token, so that every token shows where it comes from."""
+
+    def __init__(self):
+        self.name, self.fingerprint, self.vocab_size, self.eot = "numbers", "0", 10**6, 0
+
+    def encode_batch(self, texts):
+        return [[int(word) for word in text.split()] for text in texts]
+
+
+@pytest.mark.parametrize("kind", ["files", "hub"])
+def test_a_stream_is_the_text_in_its_order_however_it_is_asked(
+        tmp_path, monkeypatch, small, kind):
+    draw, number, ids = np.random.default_rng(0), 1, []
+    for name in "ab":
+        with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
+            for length in draw.integers(0, 200, 40).tolist():
+                numbers = list(range(number, number + length))
+                file.write(json.dumps({"text": " ".join(map(str, numbers))}) + "\n")
+                number, ids = number + length, [*ids, *numbers, 0]
+    on_the_hub(monkeypatch, sorted(tmp_path.iterdir()))
+    source = "some/texts" if kind == "hub" else str(tmp_path)
+    L, held_out, plain = 32, 320, torch.tensor(ids)
+    stream = prepare.Stream(source, Numbers(), held_out=held_out)
+    rest = plain[held_out + 1:]
+    each = (len(rest) - 1) // L                                         # windows an epoch
+    want = torch.stack([rest[i % each * L:][:L + 1] for i in range(3 * each)])
+    for at, B in ((0, 4), (4, 1), (50, 3), (9, 2), (each - 2, 5), (1, 1), (2 * each, 3),
+                  (2 * each - 1, 1), (each, each)):
+        got = stream.batch(at, B, L)
+        assert got.dtype == torch.int64 and torch.equal(got, want[at:at + B]), (at, B)
+        again = prepare.Stream(source, Numbers(), held_out=held_out)
+        assert torch.equal(again.batch(at, B, L), got)                  # taken up there
+    windows = stream.windows(10, L)
+    assert torch.equal(windows, torch.stack([plain[i * L:][:L + 1] for i in range(10)]))
+    assert set(windows.flatten().tolist()) & set(want.flatten().tolist()) <= {0}
+    assert torch.equal(prepare.Stream(source, Numbers()).batch(0, 1, L)[0], plain[:L + 1])
+    assert len(json.dumps(stream.fingerprint)) > 10
+    with pytest.raises(UsageError, match="11 held-out windows of 32 are asked for: 320 tokens are"):
+        stream.windows(11, L)
+    with pytest.raises(UsageError, match="320 of them held out: too few for one window of 9001"):
+        stream.batch(0, 1, 9000)
+
+
+def test_a_stream_passes_over_long_texts_in_little_memory(mixed_texts, small):
+    stream, L = prepare.Stream(str(mixed_texts), Tokenizer("bytes")), 100
+    tracemalloc.start()
+    far = stream.batch(1500, 1, L)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    text = (mixed_texts / "a.txt").read_bytes() + b"\0"
+    assert bytes(stream.batch(1000, 1, L)[0].tolist()) == text[1000 * L:1001 * L + 1]
+    # a piece of 65,536 characters, as text, as Python ints and as arrays: not the 150,000 passed
+    assert peak < 6 * 2**20 and far.shape == (1, L + 1)
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "gone"])
