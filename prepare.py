@@ -232,7 +232,9 @@ class Documents:
             for path in self.paths:
                 try:
                     yield from (read_whole if self.source == "stdlib" else reader(path))(path)
-                except (OSError, EOFError, ValueError, zlib.error) as error:
+                except Exception as error:          # text, gzip and Parquet fail in many ways
+                    if isinstance(error, UsageError):
+                        raise
                     raise UsageError(f"cannot read {path}: {first_line(error)}") from error
         return itertools.islice(enumerate(pieces(), 1), place, None)
 
@@ -250,9 +252,9 @@ class Documents:
                     raise UsageError(f'{self.source}: no column named "text", '
                                      f"only {', '.join(row)}")
                 yield number, (row["text"], True)
-        except UsageError:
-            raise
         except Exception as error:      # network, unknown id, missing config: many types, one cure
+            if isinstance(error, UsageError):
+                raise
             raise Unfinished(f"cannot stream the data set {self.source}: {first_line(error)} "
                              "(with no network: python distill.py --preset tiny)") from error
 
@@ -529,6 +531,7 @@ def write_shards(documents, partial, tokenizer, meta, processes):
     start = saved = time.perf_counter()
     train = Shards(partial, "train", tokenizer.dtype, shards=meta["train"])
     val = Shards(partial, "val", tokenizer.dtype, numbered=False, shards=meta["val"])
+    # A note with no place is of a run that was killed when it had only to rename the folder.
     rest = documents.batches(meta["place"]) if "place" in meta else iter(())
     try:
         with (contextlib.closing(encoded(rest, tokenizer, processes)) as stream,
