@@ -319,12 +319,7 @@ def byte_tokenizer(eot):
     """prepare.py's byte encoding as a Hugging Face tokenizer: 0..255 are bytes, 256 ends a text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    # The byte-level alphabet stands each byte for a printable character; the 188 bytes that are
-    # printable are themselves.
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-                 *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in printable]
-    alphabet = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    alphabet = {letter: byte for byte, letter in byte_letters().items()}
     backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -332,3 +327,11 @@ def byte_tokenizer(eot):
     assert backend.token_to_id("<|endoftext|>") == eot
     return PreTrainedTokenizerFast(tokenizer_object=backend,
                                    eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+
+
+def byte_letters():
+    """GPT-2 writes each byte as a letter: a printable one as itself, others from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + n) for n, byte in enumerate(others)}

@@ -4,7 +4,8 @@ Run:  python prepare.py                                   # Python's library, as
       python prepare.py --data ~/books --teacher smollm2  # a folder of text, in SmolLM2's tokens
       python prepare.py --data allenai/c4 --config en --teacher microsoft/phi-1_5 --tokens 3e9
 
-What comes out is one folder, and it appears whole or not at all:
+What comes out is one folder, and it appears whole or not at all. Killed half way, the same command
+goes on from data/.<name>.partial, and ends with the same bytes:
 
     data/<name>/train_00000.bin ...   only token ids, uint16 (uint32 if the vocabulary needs it)
                 val.bin               every 25th token or so, in whole documents, not trained on
@@ -20,18 +21,26 @@ It leaves out: filtering, deduplication, mixing of several sources. Do these bef
 for them.
 """
 import argparse
+import collections
+import concurrent.futures
+import contextlib
 import functools
 import gzip
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import sysconfig
+import threading
+import time
 import zlib
 from pathlib import Path
 
+import filelock
 import huggingface_hub
 import numpy as np
 import tiktoken
@@ -39,12 +48,15 @@ import torch
 from tqdm import tqdm
 
 from model_ssm import UsageError, ask_hub, first_line
-from model_teacher import find
+from model_teacher import byte_letters, find
 
 END_OF_TEXT = "<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 SHARD_TOKENS = 10**8    # 200 MB a shard in uint16
 PIECE = 2**16           # characters read at once, so that memory does not depend on a file's size
+BATCH = 2**20           # characters tokenised at once
+ALONE = 16              # batches done before other processes are started, which takes seconds
+SAVE_SECONDS = 5        # between two notes of how far it has come: what a kill can cost
 HELD_OUT = 0.04         # share of the tokens that go to val.bin
 HELD_OUT_MOST = 2**22   # and its largest size
 PROBE = ("def f(x):\n    return 'naïve' + str(3.14)\t# The  quick — brown fox\n\n"
@@ -81,16 +93,15 @@ class Tokenizer:
 
     name: "bytes", or whatever Teacher.load takes ("tiny" has the byte encoding).
     vocab_size: one more than the largest id.   eot: the id that separates documents.
+    dtype: the narrowest that holds an id.   threads: how many tiktoken may use.
     fingerprint: a hash of what it makes of a fixed sentence; those with one fingerprint agree.
     """
 
     def __init__(self, name):
-        self.name = "bytes" if name == "tiny" else str(name)
+        self.name, self.threads, self.hf = "bytes" if name == "tiny" else str(name), 8, None
         if self.name == "bytes":
-            encoding = byte_encoding()
-            self.encode_batch = encoding.encode_ordinary_batch
-            self.decode = encoding.decode
-            self.vocab_size, self.eot = encoding.n_vocab, encoding.eot_token
+            self.tiktoken = byte_encoding()
+            self.vocab_size, self.eot = self.tiktoken.n_vocab, self.tiktoken.eot_token
         else:
             self._from_transformers()
         seen = json.dumps([self.encode(PROBE), self.eot]).encode()
@@ -100,28 +111,43 @@ class Tokenizer:
         from transformers import AutoTokenizer
         path, options = find(self.name)
         try:
-            hf = AutoTokenizer.from_pretrained(path, **options)
+            self.hf = AutoTokenizer.from_pretrained(path, **options)
         except Exception as error:                # the hub client raises a dozen unrelated types
             raise UsageError(f"no tokenizer for {self.name}: {first_line(error)} "
                              "(with no network: python distill.py --preset tiny)") from error
-        # Text that spells a special token is text, not a command: splitting it keeps data from
-        # ending documents.
-        self.encode_batch = lambda texts: hf(
-            texts, add_special_tokens=False, split_special_tokens=True,
-            return_attention_mask=False, verbose=False)["input_ids"]
-        if encoding := gpt2_encoding(hf):         # the same ids, several times as fast
-            self.encode_batch = encoding.encode_ordinary_batch
-        self.decode = lambda ids: hf.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        vocabulary = hf.get_vocab()
+        self.tiktoken = gpt2_encoding(self.hf)    # the same ids, several times as fast, or None
+        vocabulary = self.hf.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
-        self.eot = vocabulary.get(END_OF_TEXT, hf.eos_token_id)
+        self.eot = vocabulary.get(END_OF_TEXT, self.hf.eos_token_id)
         if self.eot is None:
             raise UsageError(f"the tokenizer of {self.name} has no end-of-text token "
                              "to separate documents with")
 
+    @property
+    def dtype(self):
+        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+    def encode_batch(self, texts):
+        # Text that spells a special token is text, not a command: splitting it keeps data from
+        # ending documents.
+        if self.tiktoken:
+            return self.tiktoken.encode_ordinary_batch(texts, num_threads=self.threads)
+        return self.hf(texts, add_special_tokens=False, split_special_tokens=True,
+                       return_attention_mask=False, verbose=False)["input_ids"]
+
     def encode(self, text):
         return self.encode_batch([text])[0]
+
+    def encode_pieces(self, pieces):
+        """[(text, ends), ...] -> an array of `dtype` for each, with `eot` where a document ends"""
+        encoded = self.encode_batch([text for text, _ in pieces])
+        return [np.asarray(ids + [self.eot] * ends, self.dtype)
+                for ids, (_, ends) in zip(encoded, pieces, strict=True)]
+
+    def decode(self, ids):
+        if self.hf is None:
+            return self.tiktoken.decode(ids)
+        return self.hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def gpt2_encoding(hf):
@@ -159,22 +185,83 @@ def gpt2_encoding(hf):
     return tiktoken.Encoding("gpt2 like", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
-def byte_letters():
-    """GPT-2 writes each byte as a letter: a printable one as itself, others from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {
-        byte: chr(256 + n) for n, byte in enumerate(others)}
-
-
 # -----------------------------------------------------------------------------
-# sources: each yields (text, ends), where `ends` says that a document is complete
+# sources
 
-def documents(source, config=None):
-    """Read `source` piece by piece.
+class Unfinished(UsageError):
+    """Stopped by what is not the data's fault: what is prepared is kept."""
+
+
+class Documents:
+    """The text of `source`, piece by piece, from any place on.
 
     source: "stdlib", a file or folder of text, JSONL or Parquet, or a Hugging Face id
+    files: a checksum of the names and sizes of what is read, None for a Hugging Face data set
+    UsageError if there is nothing to read, or no text in it.
     """
+
+    def __init__(self, source, config=None):
+        self.source, self.config = str(source), config
+        self.paths, self.rows = files_of(self.source), None
+        self.files = None if self.paths is None else zlib.crc32(
+            json.dumps([(str(path), path.stat().st_size) for path in self.paths]).encode())
+
+    def batches(self, place=None):
+        """Yields (pieces, place): about BATCH characters, and where to go on after them.
+
+        pieces: [(text, ends), ...], `ends` says that a document is complete
+        place: JSON. In files it counts pieces: reading over them takes no time beside tokenising.
+        A Hugging Face data set has a word for its own.
+        """
+        pieces = self._from_hub(place) if self.paths is None else self._from_files(place or 0)
+        batch, size = [], 0
+        for number, (text, ends) in pieces:
+            if not isinstance(text, str):
+                raise UsageError(f'{self.source} row {number}: expected text in a field "text", '
+                                 f"found {str(text)[:60]}")
+            batch.append((text, ends))
+            size += len(text)
+            if size >= BATCH:
+                yield batch, self.rows.state_dict() if self.rows else number
+                batch, size = [], 0
+        if batch:
+            yield batch, self.rows.state_dict() if self.rows else number
+
+    def _from_files(self, place):
+        def pieces():
+            for path in self.paths:
+                try:
+                    yield from (read_whole if self.source == "stdlib" else reader(path))(path)
+                except Exception as error:          # text, gzip and Parquet fail in many ways
+                    if isinstance(error, UsageError):
+                        raise
+                    raise UsageError(f"cannot read {path}: {first_line(error)}") from error
+        return itertools.islice(enumerate(pieces(), 1), place, None)
+
+    def _from_hub(self, place):
+        import datasets
+        ask_hub()
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE
+        try:
+            self.rows = datasets.load_dataset(self.source, self.config, split="train",
+                                              streaming=True)
+            if place:
+                self.rows.load_state_dict(place)
+            for number, row in enumerate(self.rows, 1):
+                if "text" not in row:
+                    raise UsageError(f'{self.source}: no column named "text", '
+                                     f"only {', '.join(row)}")
+                yield number, (row["text"], True)
+        except Exception as error:      # network, unknown id, missing config: many types, one cure
+            if isinstance(error, UsageError):
+                raise
+            raise Unfinished(f"cannot stream the data set {self.source}: {first_line(error)} "
+                             "(with no network: python distill.py --preset tiny)") from error
+
+
+def files_of(source):
+    """-> the files of `source` in the order they are read; None if it is a Hugging Face id"""
+    path = Path(source).expanduser()
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -182,22 +269,18 @@ def documents(source, config=None):
         if not files:
             raise UsageError(f"no .py files under {root}: this Python ships without its source; "
                              "pass --data FOLDER")
-        yield from ((path.read_text("utf-8", errors="replace"), True) for path in files)
-    elif (path := Path(source).expanduser()).exists():
+        return files
+    if path.exists():
         files = ([path] if path.is_file() else
                  sorted(p for p in path.rglob("*") if p.is_file() and reader(p)))
         if not files or not reader(files[0]):
             kinds = " ".join(TEXT_SUFFIXES) + " .jsonl .json .parquet"
             raise UsageError(f"nothing to read in {source}: it takes {kinds}, "
                              "the first two kinds also as .gz")
-        for file in files:
-            yield from reader(file)(file)
-    elif (source.startswith((".", "/", "~")) or source.count("/") != 1
-          or Path(source).suffix in TEXT_SUFFIXES):
+        return files
+    if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix in TEXT_SUFFIXES:
         raise UsageError(f"no such file or folder: {source} "
                          "(and not a Hugging Face id like allenai/c4)")
-    else:
-        yield from from_hub(source, config)
 
 
 def reader(path):
@@ -212,6 +295,10 @@ def reader(path):
 def opened(path):
     opener = gzip.open if path.suffix == ".gz" else open
     return opener(path, "rt", encoding="utf-8", errors="replace")
+
+
+def read_whole(path):
+    yield path.read_text("utf-8", errors="replace"), True
 
 
 def read_text(path):
@@ -246,117 +333,246 @@ def read_parquet(path):
         yield from ((text, True) for text in rows["text"].to_pylist())
 
 
-def from_hub(source, config):
-    import datasets
-    ask_hub()
-    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE
+# -----------------------------------------------------------------------------
+# text -> tokens in several processes
+
+def encoded(batches, tokenizer, processes=1):
+    """(pieces, place), ... -> (arrays of ids, documents that end in them, place), ...
+
+    In the order of `batches`, whatever the number of processes.
+    """
+    def here(n):
+        for pieces, place in itertools.islice(batches, n):
+            yield tokenizer.encode_pieces(pieces), ended(pieces), place
+
+    yield from here(ALONE if processes > 1 else None)
+    following = list(itertools.islice(batches, 1))
+    batches = itertools.chain(following, batches)
+    if following and is_known_by_name(tokenizer):
+        yield from elsewhere(batches, tokenizer, processes)
+    yield from here(None)
+
+
+def elsewhere(batches, tokenizer, processes):
+    # Not forked, since torch's threads would be missing in the copy. Not sent the tokenizer, since
+    # a process is started only when the one before has read what it was sent.
+    pool = concurrent.futures.ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), start_worker, (tokenizer.name,))
+    submitted = ((pool.submit(work, pieces), ended(pieces), place) for pieces, place in batches)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})   # inherited: Ctrl-C is for us
     try:
-        for row in datasets.load_dataset(source, config, split="train", streaming=True):
-            yield row["text"], True
-    except Exception as error:          # network, unknown id, missing config: many types, one cure
-        raise UsageError(f"cannot stream the data set {source}: {first_line(error)} "
-                         "(with no network: python distill.py --preset tiny)") from error
+        # The reader is ahead of the writer, by so much and no more that memory stays flat. So each
+        # batch has its place with it.
+        ahead = collections.deque(itertools.islice(submitted, 2 * processes))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        while ahead:
+            future, *rest = ahead.popleft()
+            yield future.result(), *rest
+            ahead.extend(itertools.islice(submitted, 1))
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise Unfinished("a process that tokenises has died, perhaps for want of memory: "
+                         "try fewer --processes") from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        pool.shutdown(cancel_futures=True)
+
+
+def is_known_by_name(tokenizer):
+    """Will another process, told the name, build the same?"""
+    try:
+        twin = Tokenizer(tokenizer.name)
+    except UsageError:
+        return False
+    return twin.encode(PROBE) == tokenizer.encode(PROBE) and twin.dtype == tokenizer.dtype
+
+
+def ended(pieces):
+    return sum(ends for _, ends in pieces)
+
+
+def start_worker(name):
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"      # one core each
+    parent = multiprocessing.parent_process()           # killed, it cannot end us: we watch it
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    work.tokenizer = Tokenizer(name)
+    work.tokenizer.threads = 1
+
+
+def work(pieces):
+    return work.tokenizer.encode_pieces(pieces)
 
 
 # -----------------------------------------------------------------------------
 # tokens -> shards
 
 class Shards:
-    """Writes one split, <prefix>_00000.bin ... (or just <prefix>.bin), counted and checksummed."""
+    """Writes one split, <prefix>_00000.bin ... (or just <prefix>.bin), counted and checksummed.
 
-    def __init__(self, folder, prefix, dtype, numbered=True):
-        self.folder, self.prefix, self.dtype, self.numbered = folder, prefix, dtype, numbered
-        self.shards, self.file, self.tokens = {}, None, 0
+    shards: {name: {"tokens", "crc32"}} that are there; what the last file has beyond is cut off
+    """
+
+    def __init__(self, folder, prefix, dtype, numbered=True, shards=None):
+        self.folder, self.prefix, self.dtype = folder, prefix, np.dtype(dtype)
+        self.numbered, self.shards, self.file = numbered, {} if shards is None else shards, None
+        self.tokens = sum(shard["tokens"] for shard in self.shards.values())
+        if self.shards:
+            self._open(list(self.shards)[-1], "r+b")
+            self.file.truncate(self.shard["tokens"] * self.dtype.itemsize)
+            self.file.seek(0, os.SEEK_END)
+
+    def _open(self, name, mode):
+        self.close()
+        self.file = open(self.folder / name, mode)
+        self.shard = self.shards.setdefault(name, {"tokens": 0, "crc32": 0})
 
     def write(self, ids):
         ids = np.asarray(ids, dtype=self.dtype)
         while len(ids):
-            if self.file is None:
-                self.name = (f"{self.prefix}_{len(self.shards):05d}.bin" if self.numbered else
-                             f"{self.prefix}.bin")
-                self.file = open(self.folder / self.name, "wb")
-                self.shards[self.name] = {"tokens": 0, "crc32": 0}
-            shard = self.shards[self.name]
-            room = SHARD_TOKENS - shard["tokens"] if self.numbered else len(ids)
+            if not self.file or self.numbered and self.shard["tokens"] == SHARD_TOKENS:
+                number = f"_{len(self.shards):05d}" if self.numbered else ""
+                self._open(f"{self.prefix}{number}.bin", "wb")
+            room = SHARD_TOKENS - self.shard["tokens"] if self.numbered else len(ids)
             data = ids[:room].tobytes()
             self.file.write(data)
-            shard["tokens"] += len(ids[:room])
-            shard["crc32"] = zlib.crc32(data, shard["crc32"])
+            self.shard["tokens"] += len(ids[:room])
+            self.shard["crc32"] = zlib.crc32(data, self.shard["crc32"])
             self.tokens += len(ids[:room])
             ids = ids[room:]
-            if self.numbered and shard["tokens"] == SHARD_TOKENS:
-                self.close()
+
+    def sync(self):
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def close(self):
+        self.sync()
         if self.file:
             self.file.close()
-        self.file = None
 
 
-def prepare(source, folder, tokenizer, config=None, tokens=None):
+def prepare(source, folder, tokenizer, config=None, tokens=None, processes=None):
     """Tokenise `source` into `folder`, up to `tokens` training tokens if given; -> the meta dict.
 
     Documents are held out greedily: one goes to val.bin whenever less than HELD_OUT of the tokens
-    have, so the held-out ones are spread evenly. Written to a temporary folder first, renamed at
-    the end.
+    have, so the held-out ones are spread evenly. The bytes depend neither on `processes` (None:
+    chosen here) nor on how often the call was killed and made again. UsageError for what Documents
+    says, if the folder is there, if another process is making it, or if the disk is short.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise UsageError(f"{folder} exists already: delete it to prepare it again, "
-                         "or choose another --out")
-    pieces = batches(documents(source, config), characters=2**20)
-    # A source that is not there says so here, before any folder is made.
-    pieces = itertools.chain([next(pieces)], pieces)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        meta = write_shards(pieces, source, partial, tokenizer, tokens) | {"config": config}
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    folder, documents = Path(folder), Documents(source, config)
+    recipe = {"source": str(source), "config": config, "files": documents.files, "budget": tokens,
+              "tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint,
+              "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
+              "dtype": tokenizer.dtype.name}
+    # One reader feeds about eight. Bytes are as fast to encode as to hand over.
+    processes = processes or (1 if tokenizer.name == "bytes" else min(8, os.cpu_count()))
+    with only_one(folder) as partial:
+        meta = begin(partial, recipe)
+        needed = tokenizer.dtype.itemsize * ((tokens or 0) - meta["train_tokens"])
+        free = shutil.disk_usage(folder.parent).free
+        if needed > free:
+            raise UsageError(f"{folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
+                             "make room, or stream with distill.py --stream")
+        partial.mkdir(exist_ok=True)
+        try:
+            speed = write_shards(documents, partial, tokenizer, meta, processes)
+            partial.rename(folder)
+        except BaseException as error:
+            mendable = isinstance(error, UsageError) and not isinstance(error, Unfinished)
+            if mendable or not (partial / "meta.json").exists():
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            kept = f"what is prepared is kept in {partial}, the same command goes on from there"
+            if isinstance(error, Unfinished):
+                raise Unfinished(f"{error}; {kept}") from error
+            print(f"\n{kept}", file=sys.stderr)
+            raise
     print(f"prepared {folder} | {meta['train_tokens']:,} training and {meta['val_tokens']:,} "
           f"held-out tokens of {meta['documents']:,} documents | {tokenizer.name} tokenizer, "
-          f"vocabulary {tokenizer.vocab_size:,}")
+          f"vocabulary {tokenizer.vocab_size:,} | {speed:,.0f} tokens/s")
     return meta
 
 
-def write_shards(pieces, source, folder, tokenizer, tokens):
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    train, val = Shards(folder, "train", dtype), Shards(folder, "val", dtype, numbered=False)
-    number_of_documents = 0
-    with tqdm(total=tokens, unit=" tokens", unit_scale=True, desc=f"prepare {source}",
-              mininterval=0.5) as bar:
-        for batch in pieces:
-            texts = [text for text, _ in batch]
-            for ids, (_, ends) in zip(tokenizer.encode_batch(texts), batch, strict=True):
-                held_out = val.tokens < min(HELD_OUT * (train.tokens + val.tokens), HELD_OUT_MOST)
-                (val if held_out else train).write(ids + [tokenizer.eot] * ends)
-                number_of_documents += ends
-            bar.update(train.tokens - bar.n)
-            if tokens and train.tokens >= tokens:
-                break
-    train.close()
-    val.close()
-    if not train.tokens or not val.tokens:
-        raise UsageError(f"{source} is too short: {train.tokens:,} training and "
-                         f"{val.tokens:,} held-out tokens")
-    return {"source": str(source), "tokenizer": tokenizer.name,
-            "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size,
-            "eot": tokenizer.eot, "dtype": np.dtype(dtype).name,
-            "documents": number_of_documents, "train_tokens": train.tokens,
-            "val_tokens": val.tokens, "train": train.shards, "val": val.shards}
+@contextlib.contextmanager
+def only_one(folder):
+    """-> where to make `folder`, under a lock that the system opens when its holder is killed"""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.lock")
+    try:
+        lock = filelock.FileLock(path).acquire(timeout=0)
+    except filelock.Timeout:
+        raise UsageError(f"another process is preparing {folder}: wait for it") from None
+    with lock:
+        try:
+            if folder.exists():
+                raise UsageError(f"{folder} exists already: delete it to prepare it again, "
+                                 "or choose another --out")
+            yield folder.with_name(f".{folder.name}.partial")
+        finally:
+            path.unlink()
 
 
-def batches(pieces, characters):
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[0])
-        if size >= characters:
-            yield batch
-            batch, size = [], 0
-    yield batch
+def begin(partial, recipe):
+    """-> the meta dict of what this recipe has left in `partial`, or of nothing"""
+    if not (partial / "meta.json").exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        return recipe | {"documents": 0, "train_tokens": 0, "val_tokens": 0,
+                         "train": {}, "val": {}, "place": None}
+    meta = json.loads((partial / "meta.json").read_text())
+    if changed := [f"{key} was {meta[key]}, is {recipe[key]}" for key in recipe
+                   if meta[key] != recipe[key]]:
+        raise UsageError(f"{partial} is unfinished and of another recipe ({changed[0]}): "
+                         "delete it to start over")
+    return meta
+
+
+def write_shards(documents, partial, tokenizer, meta, processes):
+    """Go on from meta["place"] to the end, where `meta` has no place any more. -> tokens/s"""
+    tokens, before = meta["budget"], meta["train_tokens"]
+    start = saved = time.perf_counter()
+    train = Shards(partial, "train", tokenizer.dtype, shards=meta["train"])
+    val = Shards(partial, "val", tokenizer.dtype, numbered=False, shards=meta["val"])
+    # A note with no place is of a run that was killed when it had only to rename the folder.
+    rest = documents.batches(meta["place"]) if "place" in meta else iter(())
+    try:
+        with (contextlib.closing(encoded(rest, tokenizer, processes)) as stream,
+              tqdm(total=tokens, initial=before, unit=" tokens", unit_scale=True, mininterval=0.5,
+                   desc=f"prepare {documents.source}") as bar):
+            for pieces, ended, place in stream:
+                for ids in pieces:
+                    held_out = val.tokens < min(HELD_OUT * (train.tokens + val.tokens),
+                                                HELD_OUT_MOST)
+                    (val if held_out else train).write(ids)
+                meta.update(documents=meta["documents"] + ended, place=place,
+                            train_tokens=train.tokens, val_tokens=val.tokens)
+                bar.update(train.tokens - bar.n)
+                if tokens and train.tokens >= tokens:
+                    break
+                if time.perf_counter() - saved >= SAVE_SECONDS:
+                    save(partial, meta, train, val)
+                    saved = time.perf_counter()
+        if not train.tokens or not val.tokens:
+            raise UsageError(f"{documents.source} is too short: {train.tokens:,} training and "
+                             f"{val.tokens:,} held-out tokens")
+        meta.pop("place", None)
+        save(partial, meta, train, val)
+    except OSError as error:                    # writing: what fails to be read is a UsageError
+        raise Unfinished(f"cannot write to {partial}: {first_line(error)}") from error
+    finally:
+        for file in filter(None, (train.file, val.file)):
+            with contextlib.suppress(OSError):      # a full disk has been complained of already
+                file.close()
+    return (train.tokens - before) / (time.perf_counter() - start)
+
+
+def save(partial, meta, *splits):
+    """First the tokens, then the note that counts them: each on the disk before the next."""
+    for split in splits:
+        split.sync()
+    with open(partial / "meta.tmp", "w") as file:
+        file.write(json.dumps(meta, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial / "meta.tmp", partial / "meta.json")
 
 
 # -----------------------------------------------------------------------------
@@ -429,6 +645,69 @@ class Tokens:
         return torch.from_numpy(np.stack(rows))               # (n, L + 1)
 
 
+class Stream:
+    """The tokens of a source as it is read, nothing on disk, asked as Tokens is.
+
+    batch(at, B, L)  -> (B, L + 1) int64: windows at ... at + B - 1 in the source's own order.
+                        Nothing is shuffled: C4 and FineWeb-Edu come shuffled, a book does not.
+    windows(n, L)    -> (n, L + 1) int64: the first n windows, of the `held_out` tokens that no
+                        batch contains
+    Still a place is one number. A later one is reached by reading over what lies between, an
+    earlier one from the beginning. Where the source ends it begins again. UsageError if it is too
+    short for one window, and for what Documents says.
+    """
+
+    def __init__(self, source, tokenizer, config=None, held_out=0):
+        self.documents, self.tokenizer = Documents(source, config), tokenizer
+        self.held_out, self.length = held_out, None         # length: known once the end was seen
+        # The last held-out window also has the token after it, as what comes next.
+        self.begin = held_out + 1 if held_out else 0
+        self.fingerprint = [str(source), config, self.documents.files, tokenizer.fingerprint,
+                            held_out]
+        self._rewind()
+
+    def _rewind(self):
+        batches = self.documents.batches()
+        self.encoded, self.first, self.ids = encoded(batches, self.tokenizer), 0, np.empty(0, int)
+
+    def _read(self, start, stop):
+        """Tokens `start` to `stop` of the source, fewer where it ends, as int64."""
+        if start < self.first:
+            self._rewind()
+        while self.first + len(self.ids) < stop:
+            pieces, *_ = next(self.encoded, (None,))
+            if pieces is None:
+                self.length = self.first + len(self.ids)
+                break
+            # What lies before `start` was read over, or has been asked for: it can go.
+            done = min(max(0, start - self.first), len(self.ids))
+            self.ids, self.first = np.concatenate([self.ids[done:], *pieces]), self.first + done
+        return self.ids[max(0, start - self.first):stop - self.first].astype(np.int64)
+
+    def _window(self, position, L):
+        if self.length is not None:
+            each = (self.length - self.begin - 1) // L      # windows an epoch
+            if each < 1:
+                raise UsageError(f"{self.documents.source} has {self.length:,} tokens, "
+                                 f"{self.held_out:,} of them held out: too few for one window of "
+                                 f"{L + 1}")
+            position %= each
+        start = self.begin + position * L                   # neighbours share one token
+        ids = self._read(start, start + L + 1)
+        return ids if len(ids) == L + 1 else self._window(position, L)
+
+    def batch(self, at, B, L):
+        rows = [self._window(position, L) for position in range(at, at + B)]
+        return torch.from_numpy(np.stack(rows))             # (B, L + 1)
+
+    def windows(self, n, L):
+        ids = self._read(0, n * L + 1)
+        if len(ids) <= n * L or n * L > self.held_out:
+            raise UsageError(f"{n} held-out windows of {L} are asked for: {self.held_out:,} tokens "
+                             f"are held out of {self.documents.source}")
+        return torch.from_numpy(ids).unfold(0, L + 1, L).contiguous()       # (n, L + 1)
+
+
 def data_folder(source, tokenizer):
     """Where prepared data is: `source` if it is such a folder, else data/<source>-<tokenizer>."""
     if (Path(source) / "meta.json").is_file():
@@ -489,6 +768,7 @@ def parse(arguments=None):
     add("--config", help="which part of a Hugging Face data set, such as en for C4")
     add("--teacher", default="tiny", help="whose tokenizer to use [%(default)s]")
     add("--tokens", type=count, help="stop after this many training tokens [all there are]")
+    add("--processes", type=int, help="that tokenise [one a core, at most 8; for bytes 1]")
     add("--out", help="folder to write [data/<data>-<tokenizer>]")
     return parser.parse_args(arguments)
 
@@ -497,7 +777,7 @@ def main(arguments=None):
     args = parse(arguments)
     tokenizer = Tokenizer(args.teacher)
     folder = args.out or data_folder(args.data, tokenizer)
-    prepare(args.data, folder, tokenizer, args.config, args.tokens)
+    prepare(args.data, folder, tokenizer, args.config, args.tokens, args.processes)
 
 
 if __name__ == "__main__":

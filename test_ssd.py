@@ -894,7 +894,7 @@ def test_gpt2_and_phi_by_tiktoken_are_what_transformers_makes_of_them(tmp_path, 
         assert hf.convert_tokens_to_ids(["  ", "\t\t"]) == [50286, 50294]
     hf.save_pretrained(tmp_path)
     tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.encode_batch.__name__ == "encode_ordinary_batch"       # it is tiktoken's
+    assert tokenizer.tiktoken                                               # it is found to fit
     assert (tokenizer.vocab_size, tokenizer.eot) == (50295 if phi else 50257, 50256)
     draw = np.random.default_rng(0)
     pieces = [" ", "  ", "   ", "\t", "\t\t", "\n", "\r\n", "\u00a0", "\u3000", "a", "Word",
@@ -1011,6 +1011,262 @@ def test_what_breaks_half_way_leaves_nothing(tmp_path):
     with pytest.raises(UsageError, match=complaint):
         prepare.prepare(str(tmp_path / "bad.jsonl"), tmp_path / "out", Tokenizer("bytes"))
     assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+@pytest.mark.parametrize("name, data, complaint", [
+    ("a.jsonl", b'{"text": "x"}\n{"text": null}\n', "row 2: expected text .* found None"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-9], "cannot read .*a.jsonl.gz: "),
+    ("a.parquet", b"PAR1 and no more", "cannot read .*a.parquet: ")])
+def test_input_that_cannot_be_read_is_one_line(tmp_path, name, data, complaint):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UsageError, match=complaint) as error:
+        prepare.prepare(str(tmp_path / name), tmp_path / "out", Tokenizer("bytes"))
+    assert "\n" not in str(error.value) and [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def bytes_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+SMALL = {"BATCH": 3000, "ALONE": 2, "SAVE_SECONDS": 0, "SHARD_TOKENS": 50_000}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """What takes gigabytes and minutes takes kilobytes here."""
+    for name, value in SMALL.items():
+        monkeypatch.setattr(prepare, name, value)
+
+
+@pytest.fixture(scope="session")
+def mixed_texts(tmp_path_factory):
+    """About 250 kB in files of several kinds, one longer than PIECE."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "a.txt").write_text("\n".join(f"line {n}" for n in range(12_000)))
+    texts = [json.dumps({"text": f"é {n} " * (n % 40), "url": n}) for n in range(300)]
+    (folder / "b.jsonl").write_text("\n".join(texts))
+    for name in ("c", "d"):
+        (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress("\n".join(texts).encode()))
+    return folder
+
+
+def on_the_hub(monkeypatch, files):
+    """Hugging Face's own reader, with these files in place of those of the hub."""
+    import datasets
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **options: load(
+        "json", data_files=[str(file) for file in files], **options))
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_processes(
+        tmp_path, teacher_folder, mixed_texts, small):
+    tokenizer, folders = Tokenizer(teacher_folder), [tmp_path / n for n in "123"]
+    for processes, folder in enumerate(folders, 1):
+        prepare.prepare(str(mixed_texts), folder, tokenizer, processes=processes)
+    assert bytes_of(folders[0]) == bytes_of(folders[1]) == bytes_of(folders[2])
+    assert len(bytes_of(folders[0])) > 4                                # several shards
+    # What another process would not build by the same name stays in this one.
+    tokenizer.encode_batch = lambda texts: [[7] * len(text) for text in texts]
+    prepare.prepare(str(mixed_texts), tmp_path / "altered", tokenizer, processes=2)
+    assert set(Tokens(tmp_path / "altered").batch(0, 50, 90).flatten().tolist()) == {7, 256}
+
+
+# Run n is killed just before its n-th write that has to be on the disk, every other one before the
+# folder gets its name, until one comes through.
+KILLED = """
+import itertools, os, signal, sys
+import datasets, prepare
+place, source, *files = sys.argv[1:]
+vars(prepare).update({small})
+load = datasets.load_dataset
+if files:
+    datasets.load_dataset = lambda *_, **options: load("json", data_files=files, **options)
+for n in itertools.count(1):
+    child = os.fork()
+    if not child:
+        calls = itertools.count(1)
+        def fatal(name, call):
+            def f(*args):
+                if next(calls) == n or name == "rename" and n % 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args)
+            setattr(os, name, f)
+        for name in ("fsync", "replace", "rename"):
+            fatal(name, getattr(os, name))
+        prepare.prepare(source, prepare.Path(place), prepare.Tokenizer("bytes"), tokens=190_000)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] != signal.SIGKILL:
+        break
+print("killed", n - 1, "times")
+""".replace("{small}", str(SMALL))
+
+
+@pytest.mark.parametrize("kind", ["files", "hub"])
+def test_prepare_killed_at_any_point_goes_on_and_ends_with_the_same_bytes(
+        tmp_path, mixed_texts, monkeypatch, small, kind):
+    files = sorted(mixed_texts.glob("*.jsonl*")) * 2 if kind == "hub" else []
+    source = "some/texts" if kind == "hub" else str(mixed_texts)
+    on_the_hub(monkeypatch, files)
+    prepare.prepare(source, tmp_path / "whole", Tokenizer("bytes"), tokens=190_000)
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "killed", source, *files],
+                          cwd=HERE, capture_output=True, text=True)
+    times = re.search(r"killed (\d+) times", done.stdout)
+    assert times and int(times[1]) >= 10, done
+    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_killed_processes_leave_no_lock_and_no_orphans(tmp_path, teacher_folder, mixed_texts,
+                                                       small):
+    tokenizer, partial = Tokenizer(teacher_folder), tmp_path / ".out.partial"
+    prepare.prepare(str(mixed_texts), tmp_path / "whole", tokenizer)
+    command = ["--data", str(mixed_texts), "--teacher", str(teacher_folder), "--processes", "2",
+               "--out", str(tmp_path / "out")]
+    run = subprocess.Popen(
+        [sys.executable, "-c", f"import prepare; vars(prepare).update({SMALL}); "
+                               f"prepare.main({command})"],
+        cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    meta = {"documents": 0}
+    while meta["documents"] < 30:                           # some of them by the other processes
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.005)
+        if (partial / "meta.json").exists():
+            meta = json.loads((partial / "meta.json").read_text())
+    with pytest.raises(UsageError, match="another process is preparing .*out: wait for it"):
+        prepare.prepare(str(mixed_texts), tmp_path / "out", tokenizer)
+    run.kill()
+    run.communicate(timeout=30)                             # its pipe is closed by the last of them
+    assert run.returncode == -signal.SIGKILL
+    prepare.prepare(str(mixed_texts), tmp_path / "out", tokenizer, processes=1)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_an_unfinished_folder_is_kept_and_not_taken_for_another(
+        tmp_path, monkeypatch, capsys, small):
+    source, out, tokenizer = tmp_path / "texts.jsonl", tmp_path / "out", Tokenizer("bytes")
+    source.write_text("\n".join(json.dumps({"text": "x" * n}) for n in range(400)))
+    prepare.prepare(str(source), tmp_path / "whole", tokenizer)
+    save, saves = prepare.save, []
+
+    def interrupted(*args):
+        saves.append(save(*args))
+        if len(saves) == 9:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "save", interrupted)
+        prepare.prepare(str(source), out, tokenizer)
+    assert f"kept in {tmp_path}/.out.partial, the same command" in capsys.readouterr().err
+    before = bytes_of(tmp_path / ".out.partial")
+    with pytest.raises(UsageError, match=r"of another recipe \(budget was None, is 500\): delete"):
+        prepare.prepare(str(source), out, tokenizer, tokens=500)
+    text = source.read_text()
+    source.write_text(text + "\n")
+    with pytest.raises(UsageError, match=r"of another recipe \(files was "):
+        prepare.prepare(str(source), out, tokenizer)
+    assert bytes_of(tmp_path / ".out.partial") == before
+    source.write_text(text)
+    prepare.prepare(str(source), out, tokenizer)
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+
+
+def test_a_disk_that_is_or_will_be_full_is_one_line_and_loses_nothing(
+        tmp_path, mixed_texts, monkeypatch, small):
+    tokenizer, sync, syncs = Tokenizer("bytes"), os.fsync, []
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2.1e9))
+        with pytest.raises(UsageError, match="needs 6.0 GB, 2.1 GB are free: make room, or stream"):
+            prepare.prepare(str(mixed_texts), tmp_path / "out", tokenizer, tokens=3 * 10**9)
+    assert list(tmp_path.iterdir()) == []
+
+    def full(file):
+        syncs.append(sync(file))
+        if len(syncs) > 20:
+            raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.os, "fsync", full)
+        complaint = "cannot write to .*No space left.* kept in .*, the same command goes on"
+        with pytest.raises(UsageError, match=complaint):
+            prepare.prepare(str(mixed_texts), tmp_path / "out", tokenizer)
+    prepare.prepare(str(mixed_texts), tmp_path / "out", tokenizer)
+    prepare.prepare(str(mixed_texts), tmp_path / "whole", tokenizer)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_a_data_set_that_stops_half_way_is_kept(tmp_path, mixed_texts, monkeypatch, small):
+    cut, whole = tmp_path / "cut.jsonl.gz", (mixed_texts / "c.jsonl.gz").read_bytes()
+    on_the_hub(monkeypatch, [mixed_texts / "b.jsonl", cut])
+    cut.write_bytes(whole[:300])
+    complaint = "cannot stream the data set some/texts: .*kept in .*, the same command goes on"
+    with pytest.raises(UsageError, match=complaint):
+        prepare.prepare("some/texts", tmp_path / "out", Tokenizer("bytes"))
+    cut.write_bytes(whole)
+    for name in ("out", "whole"):
+        prepare.prepare("some/texts", tmp_path / name, Tokenizer("bytes"))
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_a_data_set_without_text_says_what_it_has(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"content": "x", "url": "y"}\n')
+    on_the_hub(monkeypatch, [tmp_path / "a.jsonl"])
+    with pytest.raises(UsageError, match='some/texts: no column named "text", only content, url'):
+        prepare.prepare("some/texts", tmp_path / "out", Tokenizer("bytes"))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+class Numbers(Tokenizer):
+    """A text is numbers, each a token, so that every token shows where it comes from."""
+
+    def __init__(self):
+        self.name, self.fingerprint, self.vocab_size, self.eot = "numbers", "0", 10**6, 0
+
+    def encode_batch(self, texts):
+        return [[int(word) for word in text.split()] for text in texts]
+
+
+@pytest.mark.parametrize("kind", ["files", "hub"])
+def test_a_stream_is_the_text_in_its_order_however_it_is_asked(
+        tmp_path, monkeypatch, small, kind):
+    draw, number, ids = np.random.default_rng(0), 1, []
+    for name in "ab":
+        with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
+            for length in draw.integers(0, 200, 40).tolist():
+                numbers = list(range(number, number + length))
+                file.write(json.dumps({"text": " ".join(map(str, numbers))}) + "\n")
+                number, ids = number + length, [*ids, *numbers, 0]
+    on_the_hub(monkeypatch, sorted(tmp_path.iterdir()))
+    source = "some/texts" if kind == "hub" else str(tmp_path)
+    L, held_out, plain = 32, 320, torch.tensor(ids)
+    stream = prepare.Stream(source, Numbers(), held_out=held_out)
+    rest = plain[held_out + 1:]
+    each = (len(rest) - 1) // L                                         # windows an epoch
+    want = torch.stack([rest[i % each * L:][:L + 1] for i in range(3 * each)])
+    for at, B in ((0, 4), (4, 1), (50, 3), (9, 2), (each - 2, 5), (1, 1), (2 * each, 3),
+                  (2 * each - 1, 1), (each, each)):
+        got = stream.batch(at, B, L)
+        assert got.dtype == torch.int64 and torch.equal(got, want[at:at + B]), (at, B)
+        again = prepare.Stream(source, Numbers(), held_out=held_out)
+        assert torch.equal(again.batch(at, B, L), got)                  # taken up there
+    windows = stream.windows(10, L)
+    assert torch.equal(windows, torch.stack([plain[i * L:][:L + 1] for i in range(10)]))
+    assert set(windows.flatten().tolist()) & set(want.flatten().tolist()) <= {0}
+    assert torch.equal(prepare.Stream(source, Numbers()).batch(0, 1, L)[0], plain[:L + 1])
+    assert len(json.dumps(stream.fingerprint)) > 10
+    with pytest.raises(UsageError, match="11 held-out windows of 32 are asked for: 320 tokens are"):
+        stream.windows(11, L)
+    with pytest.raises(UsageError, match="320 of them held out: too few for one window of 9001"):
+        stream.batch(0, 1, 9000)
+
+
+def test_a_stream_passes_over_long_texts_in_little_memory(mixed_texts, small):
+    stream, L = prepare.Stream(str(mixed_texts), Tokenizer("bytes")), 100
+    tracemalloc.start()
+    far = stream.batch(1500, 1, L)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    text = (mixed_texts / "a.txt").read_bytes() + b"\0"
+    assert bytes(stream.batch(1000, 1, L)[0].tolist()) == text[1000 * L:1001 * L + 1]
+    # a piece of 65,536 characters, as text, as Python ints and as arrays: not the 150,000 passed
+    assert peak < 6 * 2**20 and far.shape == (1, L + 1)
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "gone"])
