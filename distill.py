@@ -66,7 +66,7 @@ from tqdm import tqdm
 
 from model_ssm import SSM, Config, UsageError, shapes_of
 from model_teacher import TINY, Teacher, architecture, compare, train_tiny
-from prepare import Parser, Tokenizer, Tokens, count, load_or_prepare, run_program
+from prepare import Parser, Stream, Tokenizer, Tokens, count, load_or_prepare, run_program
 from ssd_kernel import orientation_loss, ssd_path
 
 LOGITS_AT_ONCE = 2**26      # entries of a (tokens, V) map that stage 3 makes at once, in fp32
@@ -417,7 +417,7 @@ class Run:
             commit = ""
         plans = {stage: vars(plan) for stage, plan in self.args.plans.items()}
         about = {"arguments": vars(self.args) | {"plans": plans}, "teacher": teacher.name,
-                 "teacher_fingerprint": teacher.fingerprint, "data": str(data),
+                 "teacher_fingerprint": teacher.fingerprint, "data": data,
                  "processes": self.world, "commit": commit,
                  "machine": platform.processor() or platform.machine(),
                  "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -695,7 +695,7 @@ def peak_of(device, bf16):
     return 2 * 1024**3 / min(times), f"measured, {x.dtype} products".replace("torch.", "")
 
 
-def starting_student(stage, run, teacher, previous):
+def starting_student(stage, run, teacher, previous, tokens):
     """What `stage` starts from: the stage before, loaded strictly, or a copy of the teacher.
 
     -> the student, and what its folder says about it
@@ -715,15 +715,40 @@ def starting_student(stage, run, teacher, previous):
         return student, about
     if stage > 1:
         print(f"stage {stage} | there is no {folder}: starts from a copy of the teacher instead")
-    student = copy_of_teacher(run, teacher)
+    student = copy_of_teacher(args, teacher, tokens)
     print(f"stage {stage} | from {teacher.name}, init {args.init} | {student.loaded}")
     return student, {"tokens": 0, "seconds": 0}
 
 
-def copy_of_teacher(run, teacher):
-    torch.manual_seed(run.args.seed)
-    layers = kept_attention(run.args, len(teacher.layers))
-    return SSM.from_teacher(teacher, layers, run.args.init)
+def copy_of_teacher(args, teacher, tokens):
+    """The student at its start; tokens (B, L) on the teacher's device, for --init distance"""
+    torch.manual_seed(args.seed)
+    layers = kept_attention(args, len(teacher.layers))
+    student = SSM.from_teacher(teacher, layers, "mohawk" if args.init == "mohawk" else "qkv")
+    if args.init == "distance":
+        set_decays(student.to(tokens.device), teacher, tokens)
+    return student
+
+
+@torch.no_grad()
+def set_decays(student, teacher, tokens):
+    """Each head forgets as the teacher's looks back: a = -1 / the mean distance of its attention.
+
+    a = -softplus(A_log), and A_log is a product of in_proj with no bias. So its rows are those that
+    come nearest to a constant on these tokens (B, L), by least squares with a ridge.
+    """
+    position = torch.arange(tokens.shape[1], device=tokens.device)
+    back = (position[:, None] - position).clamp_min(0)                          # (L, L)
+    for i, u in teacher.inputs(tokens, only=student.ssm_layers):
+        layer = student.layers[i]
+        looks = [(teacher.matrix(i, window[None]) * back).sum(-1).mean(-1) for window in u]
+        distance = torch.cat(looks).mean(0).clamp_min(0.25).double()            # (H)
+        h = layer.input_layernorm(u.float()).flatten(0, 1).double()             # (B L, D)
+        gram = h.T @ h / len(h)
+        gram.diagonal().add_(1e-2 * gram.diagonal().mean())
+        constant = torch.linalg.solve(gram, h.mean(0))                          # (D), h . it ~ 1
+        rows = layer.mixer.in_proj.weight.split(layer.mixer.sizes)[-1]          # (H, D)
+        rows.copy_(torch.outer((1 / distance).expm1().log(), constant))
 
 
 def kept_attention(args, n_layer):
@@ -755,11 +780,11 @@ def main(arguments=None):
         return bench(run)
     tokenizer = Tokenizer(args.teacher)
     with first_alone(run):
-        data_folder = load_or_prepare(args.data, tokenizer, args.config, total)
-        data, held_out = Tokens(data_folder, "train", args.seed), Tokens(data_folder, "val")
+        data, windows, where = open_data(args, tokenizer, total)
         if args.teacher == "tiny" and not TINY.exists():
             run.open_log({"teacher": 0})
-            train_tiny(Tokens(data_folder, "train", seed=0), tokenizer, run.log,
+            same_for_all = argparse.Namespace(**vars(args) | {"seed": 0})
+            train_tiny(open_data(same_for_all, tokenizer)[0], tokenizer, run.log,
                        args.teacher_tokens, run.device, run.autocast)
     teacher = Teacher.load(args.teacher, run.device, run.dtype)
     if teacher.config.vocab_size < tokenizer.vocab_size:
@@ -767,9 +792,9 @@ def main(arguments=None):
                          f"only {teacher.config.vocab_size:,}: prepare it with its own tokenizer")
     parameters = sum(p.numel() for p in teacher.model.parameters())
     print(f"teacher {teacher.name}: {parameters:,} parameters, {len(teacher.layers)} layers | "
-          f"data {data_folder}: {len(data):,} tokens, this run reads {total / len(data):.2f} of it")
-    windows = held_out.windows(max(1, args.eval_tokens // args.context), args.context)
-
+          f"data {where}" + ("" if args.stream else f": {len(data):,} tokens, this run reads "
+                             f"{total / len(data):.2f} of it"))
+    few = data.batch(0, 8, args.context)[:, :-1].to(run.device)     # (8, L)
     saved = run.saved
     saved.look(recipe_of(args, teacher, data), args.fresh)
     barrier()                               # all have looked before the first changes anything
@@ -780,11 +805,11 @@ def main(arguments=None):
     if not todo:
         run.alone()
     for stage in todo:
-        student, about = starting_student(stage, run, teacher, previous)
+        student, about = starting_student(stage, run, teacher, previous, few)
         if stage == todo[0]:                # from here on files change: refusals are behind us
             run.alone()
             if not saved.rows:
-                run.begin(teacher, data_folder)
+                run.begin(teacher, where)
                 saved.note(teacher=compare(teacher, teacher, windows))
             make_ready(teacher, shard_teacher, args)
         student.to(run.device).recompute = args.recompute
@@ -813,12 +838,22 @@ def main(arguments=None):
         if (run.folder / f"stage{stage}").exists():
             rows[f"stage {stage}"] = read_about(run.folder / f"stage{stage}")
     if args.controls:
-        rows |= controls(run, teacher, data, windows, rows[f"stage {previous}"]["tokens"])
+        rows |= controls(run, teacher, data, windows, few, rows[f"stage {previous}"]["tokens"])
     barrier()
     if run.rank == 0:
         report(run, rows)
         shutil.rmtree(saved.folder)
         (run.folder / ".lock").unlink()
+
+
+def open_data(args, tokenizer, total=None):
+    """-> what to train on, held-out windows (n, L + 1), and where that is"""
+    n, L = max(1, args.eval_tokens // args.context), args.context
+    if args.stream:
+        stream = Stream(args.data, tokenizer, args.config, held_out=n * L)
+        return stream, stream.windows(n, L), f"{args.data}, streamed"
+    folder = load_or_prepare(args.data, tokenizer, args.config, total)
+    return Tokens(folder, "train", args.seed), Tokens(folder, "val").windows(n, L), str(folder)
 
 
 def make_ready(model, shard, args):
@@ -839,7 +874,7 @@ def stage_of(stage, args):
     return losses, ("mixer.",) if args.train == "mixer" else parts
 
 
-def controls(run, teacher, data, windows, tokens):
+def controls(run, teacher, data, windows, few, tokens):
     """The same tokens spent on stage 3 alone, and on the text with no teacher. -> two rows"""
     last = run.args.plans[run.args.stage[-1]]
     plan = argparse.Namespace(**vars(last) | {"tokens": tokens,
@@ -849,7 +884,7 @@ def controls(run, teacher, data, windows, tokens):
         if name in run.saved.rows:
             continue
         print(f"\n{name} | {getattr(losses, 'func', losses).__doc__}")
-        student = copy_of_teacher(run, teacher)
+        student = copy_of_teacher(run.args, teacher, few)
         if losses is next_tokens:
             student = SSM(student.config)
         make_ready(student.to(run.device), shard_student, run.args)
@@ -887,9 +922,10 @@ def report(run, rows):
 
 SHARDED = ("weights", "gradients", "optimizer", "teacher")      # by FSDP2
 CUDA_ITSELF = 1e9           # its context, libraries' workspaces, and what the allocator loses
-GPUS = {  # FLOP/s in bf16 without sparsity, memory in bytes; as their makers say
-    "B200": (2250e12, 180e9), "H200": (989e12, 141e9), "H100": (989e12, 80e9),
-    "A100": (312e12, 80e9), "L40S": (362e12, 48e9), "4090": (165e12, 24e9), "3090": (71e12, 24e9),
+GPUS = {  # FLOP/s in bf16, dense, as the makers say; memory that a process finds, in bytes
+    "B200": (2250e12, 178 * 2**30), "H200": (989e12, 139 * 2**30), "H100": (989e12, 78 * 2**30),
+    "A100": (312e12, 79 * 2**30), "L40S": (362e12, 44 * 2**30), "4090": (165e12, 23.5 * 2**30),
+    "3090": (71e12, 23.5 * 2**30),
 }
 
 
@@ -1044,7 +1080,7 @@ def show_plan(args):
         memory |= {"CUDA": CUDA_ITSELF / 1e9} if device == "cuda" else {}
         total = sum(memory.values())
         verdict = "" if room == math.inf else (
-            f" of {room / 1e9:.0f}, which {'fits' if total < room / 1e9 else 'does not fit'}")
+            f" of {room / 1e9:.1f}, which {'fits' if total < room / 1e9 else 'does not fit'}")
         print(f"stage {stage} | GB: " + ", ".join(f"{part} {n:.2f}" for part, n in memory.items())
               + f" = {total:.2f}{verdict}")
     print(f"\n{hours:.3g} hours in all. To take less memory: --micro_batch, --recompute, "
@@ -1071,13 +1107,13 @@ def bench(run):
           + "|-----------" * len(names) + "|")
     for stage, plan in args.plans.items():
         losses, parts = stage_of(stage, args)
-        student = copy_of_teacher(run, teacher).to(run.device)
+        tokens = torch.randint(hf.vocab_size, (plan.micro_batch, args.context), device=run.device)
+        student = copy_of_teacher(args, teacher, tokens).to(run.device)
         student.recompute = args.recompute
         make_ready(student, shard_student, args)
         learn = choose_learners(student, parts)
         optimizer = make_optimizer(learn, args)
         ask, _ = spread(losses, student, teacher, run)
-        tokens = torch.randint(hf.vocab_size, (plan.micro_batch, args.context), device=run.device)
         autocast = contextlib.nullcontext if losses is matrices else run.autocast
         works = works_of(stage, student, teacher, ask, tokens, autocast)
         ms = {name: timed(work) for name, work in (works | {"optimizer": optimizer.step}).items()}
@@ -1127,10 +1163,12 @@ def parse(arguments=None):
     # what
     add("--teacher", help="a Hugging Face id or folder, a .gguf file, smollm2, or tiny")
     add("--data", help="stdlib, a file or folder of text, JSONL or Parquet, or a Hugging Face id")
+    add("--stream", action="store_true", help="read the data as it comes, with nothing on disk")
     add("--config", help="which part of a Hugging Face data set")
     add("--recipe", choices=RECIPES, help="the paper's, or what the field learned since "
         "[phi: paper; else modern]")
-    add("--init", choices=("mohawk", "qkv"), help="mixers start MOHAWK's way, or from q, k, v")
+    add("--init", choices=("mohawk", "qkv", "distance"), help="mixers start MOHAWK's way, or from "
+        "the teacher's q, k, v, or so and with decays by how far its attention reaches")
     add("--attn_layers", nargs="+", help="layers that keep attention; paper: 4 10 16 22 [none]")
     add("--out", help="folder of the run [out/<preset>]")
     # how much: one value for each stage, or one for all
@@ -1189,6 +1227,9 @@ def parse(arguments=None):
     if set(args.stage) - set(STAGES) or sorted(set(args.stage)) != args.stage:
         raise UsageError(f"--stage {' '.join(map(str, args.stage))}: choose among 1, 2 and 3, "
                          "in this order")
+    if args.fsdp and args.controls:
+        raise UsageError("--controls start from the whole teacher, which --fsdp has in shards: "
+                         "leave one of them out")
     if args.temperature <= 0 or args.hard_weight < 0:
         raise UsageError("--temperature must be above 0, and --hard_weight not below it")
     if not own["tokens"] or len(own["tokens"]) == 1:

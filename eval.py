@@ -14,16 +14,17 @@ Three distances for each layer, as shares of the teacher's own answer (silence w
 
 It leaves out: benchmarks and speed.
 """
+import argparse
 import json
 import math
 from pathlib import Path
 
 import torch
 
-from distill import blocks, choose_device, matrices
+from distill import blocks, choose_device, copy_of_teacher, matrices, open_data
 from model_ssm import SSM, UsageError
 from model_teacher import Teacher, compare
-from prepare import Parser, Tokenizer, Tokens, count, run_program
+from prepare import Parser, Tokenizer, count, run_program
 
 
 def open_run(path, stage=None):
@@ -127,10 +128,11 @@ def main(arguments=None):
     if student.config.vocab_size != teacher.config.vocab_size:
         raise UsageError(f"the student has {student.config.vocab_size:,} tokens, its teacher "
                          f"{teacher.name} {teacher.config.vocab_size:,}: they cannot be compared")
-    tokenizer = Tokenizer(about["arguments"]["teacher"])
-    context = args.context or about["arguments"]["context"]
-    eval_tokens = args.eval_tokens or about["arguments"]["eval_tokens"]
-    windows = Tokens(about["data"], "val").windows(max(1, eval_tokens // context), context)
+    was = argparse.Namespace(**about["arguments"])
+    tokenizer, context = Tokenizer(was.teacher), args.context or was.context
+    was.data = was.data if was.stream else about["data"]
+    was.context, was.eval_tokens = context, args.eval_tokens or was.eval_tokens
+    data, windows, _ = open_data(was, tokenizer)
 
     print(f"\non {windows[:, 1:].numel():,} held-out tokens in windows of {context}, in fp32:\n")
     print("| model   | val loss |    ppl |     KL |  top-1 |\n"
@@ -155,8 +157,8 @@ def main(arguments=None):
     print(side_by_side(("teacher", texts[0]), ("student", texts[1])))
 
     if args.picture:
-        start = SSM.from_teacher(teacher, student.config.attn_layers, about["arguments"]["init"])
-        students = {"student\nas copied": start.to(device)}
+        few = data.batch(0, 8, about["arguments"]["context"])[:, :-1].to(device)
+        students = {"student\nas copied": copy_of_teacher(was, teacher, few).to(device)}
         for n in (1, 2, 3):
             if (stage := run / f"stage{n}").is_dir():
                 students[f"student\nafter stage {n}"] = SSM.from_pretrained(stage).to(device)

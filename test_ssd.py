@@ -46,7 +46,7 @@ import eval as evaluation
 import model_teacher
 import prepare
 import ssd_kernel
-from model_ssm import SILU_IS_ONE, SSM, Config, UsageError, rename
+from model_ssm import SILU_IS_ONE, SSM, Config, UsageError, rename, shapes_of
 from model_teacher import Teacher
 from prepare import Tokenizer, Tokens
 from ssd_kernel import mixing_matrix, orientation_loss, orientation_loss_naive, ssd, ssd_recurrent
@@ -1561,6 +1561,39 @@ def test_one_number_of_tokens_is_split_as_the_papers():
     assert alone.plans[3].tokens == 3_000_000_000
 
 
+def test_the_recipes_say_how_and_the_presets_what():
+    paper, modern = (distill.parse(["--preset", "tiny", "--recipe", name])
+                     for name in ("paper", "modern"))
+    assert sum(p.tokens for p in paper.plans.values()) == 1_200_000
+    assert sum(p.tokens for p in modern.plans.values()) == 1_200_000
+    assert [p.lr for p in paper.plans.values()] == [5e-4, 2e-3, 5e-4] and paper.init == "mohawk"
+    assert modern.init != "mohawk" and modern.plans[3].batch == paper.plans[3].batch
+
+
+def test_decays_by_distance_reach_as_far_as_the_teachers_attention(data_folder):
+    teacher = random_teacher()
+    for layer in teacher.layers:                # what a norm says has a part that is always there,
+        layer.input_layernorm.bias.fill_(1.0)           # in every trained teacher
+    tokens = Tokens(data_folder).batch(0, 4, 32)[:, :-1]
+    student = SSM.from_teacher(teacher, (1,), "qkv")
+    distill.set_decays(student, teacher, tokens)
+    for i, u in teacher.inputs(tokens, only=student.ssm_layers):
+        a = student.factors(i, u)[2].mean((0, 1))                                   # (H)
+        M = teacher.matrix(i, u)                                                    # (B, H, L, L)
+        far = sum(M[:, :, t, j] * (t - j) for t in range(32) for j in range(t)).mean(0) / 32
+        assert rel(-1 / a, far) < 0.1
+
+
+def test_a_stream_distils_as_shards_in_its_order_would(tmp_path, teacher_folder):
+    (tmp_path / "text.txt").write_text("One reads, " * 3000 + "the other streams. " * 3000)
+    command = flags(tmp_path / "run", teacher_folder, tmp_path / "text.txt",
+                    "--tokens", "512", "1024", "1024", "--stream")
+    distill.main(command)
+    assert not (tmp_path / "data").exists()
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 10
+    evaluation.main([str(tmp_path / "run"), "--eval_tokens", "512", "--length", "5"])
+
+
 def test_eval_prints_its_tables_samples_and_picture(a_run, capsys):
     evaluation.main([str(a_run), "--eval_tokens", "512", "--length", "20",
                      "--picture", str(a_run / "picture.png"), "--picture_tokens", "16"]
@@ -1761,6 +1794,129 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UsageError, match="8 windows of --context 32, which 3 processes cannot"):
         distill.parse(["--preset", "tiny", "--context", "32", "--batch", "256"])
+
+
+# -----------------------------------------------------------------------------
+# what it costs
+
+MEASURE = """
+import resource, sys, torch, distill
+from model_ssm import SSM, Config, shapes_of
+from model_teacher import Teacher
+from transformers import PhiConfig
+stage, flags = int(sys.argv[1]), sys.argv[2:]
+args = distill.parse(["--preset", "tiny", "--stage", str(stage), "--context", "512", "--batch",
+                      "2048", "--micro_batch", "2", "--tokens", "4096", *flags])
+losses, parts = distill.stage_of(stage, args)
+hf = PhiConfig(vocab_size=16384, hidden_size=512, intermediate_size=2048, num_hidden_layers=6,
+               num_attention_heads=8)
+config = Config(**shapes_of(hf, Teacher.random(hf, "meta").inv_freq))
+bf16 = distill.choose_device("cpu")[1] and stage > 1
+costs = distill.cost(losses, parts, config, hf, args.plans[stage], args, False, bf16)
+with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    x = torch.randn(512, 512, requires_grad=True)
+    (x @ x).sum().backward()                                    # what the libraries take
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+teacher = Teacher.random(hf)
+student = SSM.from_teacher(teacher)
+student.recompute = args.recompute
+optimizer = distill.make_optimizer(distill.choose_learners(student, parts), args)
+for step in range(2):
+    for micro in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            for loss, _ in losses(student, teacher, torch.randint(16384, (2, 512))):
+                loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+parts = *distill.SHARDED, "activations", "logits"
+print(sum(costs[f"{part} bytes"] for part in parts),
+      (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.parametrize("flags", ["1", "2", "3 --recompute"])
+def test_the_plan_knows_the_memory_of_a_real_step(flags):
+    # glibc keeps what is freed in small pieces; told to give it back, the process holds what its
+    # tensors take, and some megabytes of libraries.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    done = subprocess.run([sys.executable, "-c", MEASURE, *flags.split()], cwd=HERE, env=env,
+                          capture_output=True, text=True)
+    planned, measured = map(float, done.stdout.split())
+    print(f"stage {flags}: planned {planned / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB")
+    assert 0.85 < planned / measured < 1.15
+
+
+def test_the_plan_counts_the_flops_of_the_textbook():
+    hf, B, L = random_model().config, 2, 32
+    teacher = Teacher.random(hf)
+    args = distill.parse(["--preset", "tiny", "--context", str(L), "--micro_batch", str(B),
+                          "--batch", str(B * L), "--tokens", "1e4", "--fp32"])
+    config = Config(**shapes_of(hf, teacher.inv_freq))
+    for stage in (2, 3):
+        costs = distill.cost(*distill.stage_of(stage, args), config, hf, args.plans[stage], args,
+                             False, False)
+        # 2 for each weight of a matrix, and half of 4 L D for the attention of each layer
+        asked = [p for name, p in teacher.model.named_parameters() if p.dim() == 2
+                 and "embed" not in name and (stage == 3 or "head" not in name)]
+        matrices = sum(p.numel() for p in asked)
+        attention = 2 * L * hf.hidden_size * hf.num_hidden_layers
+        assert costs["teacher"] == pytest.approx(2 * matrices + attention, rel=0.01)
+        learn = distill.choose_learners(SSM(config), distill.STAGES[stage][1])
+        assert costs["learn"] == sum(p.numel() for p in learn.values())
+        if stage == 3:                          # two products for each of the forward's
+            assert costs["backward"] == pytest.approx(2 * costs["student"], rel=0.05)
+            # of both heads, under the checkpoint
+            assert costs["again"] == pytest.approx(4 * config.d_model * config.vocab_size, rel=0.01)
+
+
+def test_the_plans_of_the_readme_fit_their_gpus(capsys):
+    plans = [line for line in commands_of_the_readme() if "--plan" in line]
+    assert len(plans) >= 3
+    for line in plans:
+        distill.main(shlex.split(line)[2:])
+        said = capsys.readouterr().out
+        assert "which fits" in said and "does not fit" not in said, line
+        assert "1,521,097,472 parameters learn" in said
+
+
+def test_bench_times_every_stage_with_no_download(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    distill.main(["--preset", "tiny", "--bench", "--context", "32"])
+    said = capsys.readouterr().out
+    rows = [line.split("|") for line in said.splitlines() if re.match(r"\| +[123] ", line)]
+    assert [int(row[1]) for row in rows] == [1, 2, 3]
+    assert all(float(row[6]) > 0 and int(row[7].replace(",", "")) > 0 for row in rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_compiled_layers_learn_what_others_learn(stage, data_folder):
+    ends = []
+    for more in ((), ("--compile",)):
+        teacher = random_teacher()
+        torch.manual_seed(0)
+        student, scratch = SSM.from_teacher(teacher), Scratch(*more, stage=stage)
+        for model in (student, teacher):
+            distill.make_ready(model, None, scratch.args)
+        distill.train("test", *distill.STAGES[stage], student, teacher, Tokens(data_folder), 0,
+                      scratch, scratch.plan)
+        ends.append([event["loss"] for event in scratch.events])
+    assert ends[1] == pytest.approx(ends[0], rel=1e-4)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="needs torchao")
+def test_moments_of_8_bits_learn_and_come_back_from_a_kill(
+        tmp_path, teacher_folder, data_folder, monkeypatch):
+    command = flags(tmp_path / "run", teacher_folder, data_folder, *LONGER,
+                    "--optimizer", "adamw8bit")
+    stopped_run(monkeypatch, command, at=("stage 3", 6))
+    distill.main(command)
+    other = [*command[:command.index("--out") + 1], str(tmp_path / "other"),
+             *command[command.index("--out") + 2:]]
+    distill.main(other)
+    assert same_end(end_of(tmp_path / "run"), end_of(tmp_path / "other"))
+    losses = [loss for stage, _, loss, _ in end_of(tmp_path / "run")[1] if stage == "stage 2"]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 # -----------------------------------------------------------------------------
