@@ -1089,13 +1089,32 @@ def show_plan(args):
 
 def bench(run):
     """--bench: each stage timed on random tokens, with a random teacher of this architecture"""
-    args, hf = run.args, architecture(run.args.teacher)
+    hf = architecture(run.args.teacher)
     teacher = Teacher.random(hf, run.device, run.dtype)
-    make_ready(teacher, shard_teacher, args)
+    make_ready(teacher, shard_teacher, run.args)
     names = ("teacher", "student", "backward", "optimizer", "step", "tok/s", "mfu", "GB", "planned")
+    print("\n| stage " + "".join(f"| {name:>9} " for name in names) + "|\n|-------"
+          + "|-----------" * len(names) + "|")
+    for stage, plan in run.args.plans.items():
+        print(f"| {stage:5} | " + " | ".join(bench_stage(run, teacher, hf, stage, plan)) + " |")
+    print("\nms for a micro-batch, mean of 20; in `step` for a whole batch")
+
+
+def bench_stage(run, teacher, hf, stage, plan):
+    """-> the cells of its row"""
+    args, (losses, parts) = run.args, stage_of(stage, run.args)
+    tokens = torch.randint(hf.vocab_size, (plan.micro_batch, args.context), device=run.device)
+    student = copy_of_teacher(args, teacher, tokens).to(run.device)
+    student.recompute = args.recompute
+    make_ready(student, shard_student, args)
+    optimizer = make_optimizer(choose_learners(student, parts), args)
+    ask, _ = spread(losses, student, teacher, run)
+    autocast = contextlib.nullcontext if losses is matrices else run.autocast
+    wait = torch.cuda.synchronize if run.device == "cuda" else contextlib.nullcontext
+    if run.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
     def timed(work, n=20):
-        wait = torch.cuda.synchronize if run.device == "cuda" else lambda: None
         work(), wait()
         start = time.perf_counter()
         for _ in range(n):
@@ -1103,31 +1122,16 @@ def bench(run):
         wait()
         return 1e3 * (time.perf_counter() - start) / n
 
-    print("\n| stage " + "".join(f"| {name:>9} " for name in names) + "|\n|-------"
-          + "|-----------" * len(names) + "|")
-    for stage, plan in args.plans.items():
-        losses, parts = stage_of(stage, args)
-        tokens = torch.randint(hf.vocab_size, (plan.micro_batch, args.context), device=run.device)
-        student = copy_of_teacher(args, teacher, tokens).to(run.device)
-        student.recompute = args.recompute
-        make_ready(student, shard_student, args)
-        learn = choose_learners(student, parts)
-        optimizer = make_optimizer(learn, args)
-        ask, _ = spread(losses, student, teacher, run)
-        autocast = contextlib.nullcontext if losses is matrices else run.autocast
-        works = works_of(stage, student, teacher, ask, tokens, autocast)
-        ms = {name: timed(work) for name, work in (works | {"optimizer": optimizer.step}).items()}
-        accumulate = plan.batch // (tokens.numel() * run.world)
-        step = accumulate * ms["backward"] + ms["optimizer"]
-        costs = run.cost(losses, parts, student.config, hf, plan)
-        mfu = useful(costs) * plan.batch / (step / 1e3 * run.peak * run.world)
-        planned = sum(costs[f"{part} bytes"] for part in (*SHARDED, "activations", "logits"))
-        cells = [f"{x:9.1f}" for x in (
-            ms["teacher"], ms["student"] - ms["teacher"], ms["backward"] - ms["student"],
-            ms["optimizer"], step)] + [f"{1e3 * plan.batch / step:9,.0f}", f"{mfu:9.1%}",
-                                       f"{run.memory() / 1e9:9.2f}", f"{planned / 1e9:9.2f}"]
-        print(f"| {stage:5} | " + " | ".join(cells) + " |")
-    print("\nms for a micro-batch, mean of 20; in `step` for a whole batch")
+    works = works_of(stage, student, teacher, ask, tokens, autocast)
+    ms = {name: timed(work) for name, work in (works | {"optimizer": optimizer.step}).items()}
+    step = plan.batch // (tokens.numel() * run.world) * ms["backward"] + ms["optimizer"]
+    costs = run.cost(losses, parts, student.config, hf, plan)
+    mfu = useful(costs) * plan.batch / (step / 1e3 * run.peak * run.world)
+    planned = sum(costs[f"{part} bytes"] for part in (*SHARDED, "activations", "logits"))
+    return [f"{x:9.1f}" for x in (ms["teacher"], ms["student"] - ms["teacher"],
+                                  ms["backward"] - ms["student"], ms["optimizer"], step)] + [
+        f"{1e3 * plan.batch / step:9,.0f}", f"{mfu:9.1%}", f"{run.memory() / 1e9:9.2f}",
+        f"{planned / 1e9:9.2f}"]
 
 
 def works_of(stage, student, teacher, ask, tokens, autocast):
