@@ -497,7 +497,8 @@ class Saved:
             tensors |= {f"{moment}.{key}": optimizer.state[p][moment]
                         for moment in ("exp_avg", "exp_avg_sq") if p in optimizer.state}
         for key, x in tensors.items():      # all processes ask for all of it, the first keeps it
-            tensors[key] = gathered if (gathered := whole(x)) is x else gathered.cpu()
+            gathered = whole(x)
+            tensors[key] = (gathered if gathered is x else gathered.cpu()) if not self.rank else x
         if self.rank == 0:
             self.write(name, step, seconds, tensors)
         barrier()
@@ -686,13 +687,13 @@ def peak_of(device, bf16):
     for name, (peak, _) in GPUS.items():
         if device == "cuda" and name in torch.cuda.get_device_name():
             return peak, f"what {name} promises in bf16"
-    x, times = torch.ones(1024, 1024, dtype=torch.bfloat16 if bf16 else torch.float32,
-                          device=device), []
+    n, times = 1024 if device == "cpu" else 8192, []
+    x = torch.ones(n, n, dtype=torch.bfloat16 if bf16 else torch.float32, device=device)
     for _ in range(10):
         start = time.perf_counter()
-        (x @ x).sum().item()
+        (x @ x)[0, 0].item()
         times.append(time.perf_counter() - start)
-    return 2 * 1024**3 / min(times), f"measured, {x.dtype} products".replace("torch.", "")
+    return 2 * n**3 / min(times), f"measured, {x.dtype} products".replace("torch.", "")
 
 
 def starting_student(stage, run, teacher, previous, tokens):
@@ -810,28 +811,14 @@ def main(arguments=None):
             run.alone()
             if not saved.rows:
                 run.begin(teacher, where)
+                barrier()
                 saved.note(teacher=compare(teacher, teacher, windows))
             make_ready(teacher, shard_teacher, args)
         student.to(run.device).recompute = args.recompute
         make_ready(student, shard_student, args)
         if about["tokens"] == 0 and "copied" not in saved.rows:
             saved.note(copied=compare(student, teacher, windows) | about)
-        (losses, parts), plan = stage_of(stage, args), args.plans[stage]
-        print(f"\nstage {stage} of 3 | {STAGES[stage][0].__doc__}")
-        run.flops = useful(run.cost(losses, parts, student.config, teacher.config, plan))
-        with stopping(run):
-            seconds = train(f"stage {stage}", losses, parts, student, teacher, data,
-                            about["tokens"] // args.context, run, plan)
-        row = compare(student, teacher, windows) | {
-            "tokens": about["tokens"] + plan.tokens // plan.batch * plan.batch,
-            "seconds": about["seconds"] + seconds}
-        folder, student = run.folder / f"stage{stage}", put_together(student)
-        if run.rank == 0:
-            student.save_pretrained(folder, stage=stage, teacher=teacher.name,
-                                    teacher_fingerprint=teacher.fingerprint, **row)
-        saved.note(stage)
-        barrier()
-        print(f"stage {stage} | saved {folder} | {describe(row)}")
+        distil(stage, student, about, teacher, data, windows, run)
         previous = stage
     rows = {name: row for name, row in saved.rows.items() if name in ("teacher", "copied")}
     for stage in range(1, previous + 1):    # earlier stages of this student are read from disk
@@ -844,6 +831,27 @@ def main(arguments=None):
         report(run, rows)
         shutil.rmtree(saved.folder)
         (run.folder / ".lock").unlink()
+        run.lock.release(force=True)
+
+
+def distil(stage, student, about, teacher, data, windows, run):
+    """One stage, from the student at its start to its folder. about: what came before"""
+    (losses, parts), plan = stage_of(stage, run.args), run.args.plans[stage]
+    print(f"\nstage {stage} of 3 | {STAGES[stage][0].__doc__}")
+    run.flops = useful(run.cost(losses, parts, student.config, teacher.config, plan))
+    with stopping(run):
+        seconds = train(f"stage {stage}", losses, parts, student, teacher, data,
+                        about["tokens"] // run.args.context, run, plan)
+    row = compare(student, teacher, windows) | {
+        "tokens": about["tokens"] + plan.tokens // plan.batch * plan.batch,
+        "seconds": about["seconds"] + seconds}
+    folder, student = run.folder / f"stage{stage}", put_together(student)
+    if run.rank == 0:
+        student.save_pretrained(folder, stage=stage, teacher=teacher.name,
+                                teacher_fingerprint=teacher.fingerprint, **row)
+    run.saved.note(stage)
+    barrier()
+    print(f"stage {stage} | saved {folder} | {describe(row)}")
 
 
 def open_data(args, tokenizer, total=None):
