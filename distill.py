@@ -3,6 +3,8 @@
 Run:  python distill.py                                # all of it, small: minutes on a laptop
       python distill.py --stage 3 --tokens 3e9         # one stage, with its budget
       python distill.py --preset smollm2 --data ~/texts            # a real teacher, your own text
+      torchrun --nproc_per_node=8 distill.py           # on eight GPUs; --fsdp shards both models
+      python distill.py --preset phi --plan H100       # what it would cost; nothing is loaded
 
 Feed the student X, ask both models the same question, shrink the distance between the answers:
 
@@ -16,9 +18,6 @@ mixer is copied from the teacher at the start. A budget is a number of tokens. P
 out/<run>/log.jsonl, one object per line; the table at the end also to out/<run>/report.md. A run
 that was stopped or killed goes on when the same command is given again, and ends with the same
 weights.
-
-      torchrun --nproc_per_node=8 distill.py           # on eight GPUs; --fsdp shards both models
-      python distill.py --preset phi --plan H100       # what it would cost; nothing is loaded
 
 [1] MOHAWK, arXiv 2408.10189
 """
