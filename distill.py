@@ -1063,7 +1063,8 @@ def show_plan(args):
     device, bf16, _ = choose_device(args.device, args.fp32)
     if args.plan in GPUS:
         device, bf16 = "cuda", True
-    peak, room = GPUS.get(args.plan) or (peak_of(device, bf16)[0], math.inf)
+    here = torch.cuda.mem_get_info()[1] if device == "cuda" and not args.plan else math.inf
+    peak, room = GPUS.get(args.plan) or (peak_of(device, bf16)[0], here)
     hours, shards = 0, args.world if args.fsdp else 1
     print(f"{args.teacher} on {args.world} x {args.plan or device}, {peak / 1e12:.4g} TFLOP/s "
           f"each, of which {args.mfu:.0%} (--mfu; --bench measures it)")
@@ -1183,7 +1184,7 @@ def parse(arguments=None):
     add("--attn_layers", nargs="+", help="layers that keep attention; paper: 4 10 16 22 [none]")
     add("--out", help="folder of the run [out/<preset>]")
     # how much: one value for each stage, or one for all
-    add("--tokens", type=count, nargs="+", help="budget; one for all is split as the paper's")
+    add("--tokens", type=count, nargs="+", help="budget; one for all is split as the recipe's")
     add("--batch", type=count, nargs="+", help="tokens per update")
     add("--lr", type=float, nargs="+", help="peak learning rate")
     # how
@@ -1233,7 +1234,7 @@ def parse(arguments=None):
             setattr(args, name, value)
     shares = [preset["shares"][stage - 1] for stage in args.stage if stage in STAGES]
     whole_run = preset["tokens"] * sum(shares) / sum(preset["shares"])
-    if args.data is None:
+    if args.data is None and not args.bench and args.plan is None:
         raise UsageError(f"--preset {args.preset} brings no text: give --data, a file or folder")
     if set(args.stage) - set(STAGES) or sorted(set(args.stage)) != args.stage:
         raise UsageError(f"--stage {' '.join(map(str, args.stage))}: choose among 1, 2 and 3, "
