@@ -843,7 +843,7 @@ def test_the_tiny_teacher_learns_and_is_an_ordinary_folder(tmp_path, data_folder
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
     assert isinstance(stock, transformers.PhiForCausalLM) and 1.5e6 < stock.num_parameters() < 2.5e6
     hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "teacher")
-    text = "naïve\t  x = '日本'\n" + prepare.PROBE
+    text = "naïve\t  x = '日本'\n" + model_teacher.PROBE
     ids = list(text.encode())
     assert hf.encode(text, add_special_tokens=False) == tokenizer.encode(text) == ids
     assert hf.decode(tokenizer.encode(text)) == text and hf.eos_token_id == tokenizer.eot == 256
@@ -868,7 +868,7 @@ def test_smollm2_comes_out_of_its_package_and_speaks_english():
 
 def test_bytes_survive_the_byte_encoding():
     tokenizer = Tokenizer("bytes")
-    for text in ("", "\0\n\r\t", "x" * 1000, "日本語 naïve 🎈" * 50, prepare.PROBE,
+    for text in ("", "\0\n\r\t", "x" * 1000, "日本語 naïve 🎈" * 50, model_teacher.PROBE,
                  "<|endoftext|>"):
         assert tokenizer.encode(text) == list(text.encode())
         assert tokenizer.decode(tokenizer.encode(text)) == text
