@@ -112,7 +112,7 @@ class Documents:
     def _from_files(self):
         for path in self.paths:
             self.doing = f"read {path}"
-            yield from (read_whole if self.source == "stdlib" else reader(path))(path)
+            yield from read_text(path, -1) if self.source == "stdlib" else reader(path)(path)
 
     def _from_hub(self, place):
         import datasets
@@ -152,17 +152,13 @@ def opened(path):
     return opener(path, "rt", encoding="utf-8", errors="replace")
 
 
-def read_whole(path):
-    yield path.read_text("utf-8", errors="replace"), True
-
-
-def read_text(path):
+def read_text(path, piece=PIECE):
     with opened(path) as file:
-        text = file.read(PIECE)
+        text = file.read(piece)
         while text:
             if text[-1] != "\n":
-                text += file.readline(PIECE)      # cut at the end of a line, where tokens end too
-            following = file.read(PIECE)
+                text += file.readline(piece)      # cut at the end of a line, where tokens end too
+            following = file.read(piece)
             yield text, not following
             text = following
 
@@ -403,15 +399,6 @@ def cut(ids, L):
     return np.lib.stride_tricks.sliding_window_view(ids, L + 1)[::L]
 
 
-def stack(rows):
-    return torch.from_numpy(np.stack(rows).astype(np.int64))                # (B, L + 1)
-
-
-@functools.lru_cache(maxsize=2)
-def shuffled(seed, epoch, count):
-    return np.random.default_rng((seed, epoch)).permutation(count)
-
-
 class Tokens:
     """The tokens of one split of a prepared folder, memory-mapped and checked against meta.json.
 
@@ -421,7 +408,7 @@ class Tokens:
     """
 
     def __init__(self, folder, split="train", seed=0):
-        folder, self.seed = Path(folder), seed
+        folder = Path(folder)
         if not (folder / "meta.json").is_file():
             raise UsageError(f"no prepared data in {folder} (no meta.json): run prepare.py")
         self.meta = json.loads((folder / "meta.json").read_text())
@@ -436,6 +423,8 @@ class Tokens:
                                  f"delete {folder} and prepare it again")
             self.shards.append(data.view(dtype))
         self.fingerprint = [shard["crc32"] for shard in self.meta[split].values()]
+        self.order = functools.lru_cache(maxsize=1)(
+            lambda epoch, count: np.random.default_rng((seed, epoch)).permutation(count))
 
     def __len__(self):
         return sum(map(len, self.shards))
@@ -452,13 +441,14 @@ class Tokens:
         windows, rows = self._cut(L), []
         for position in range(at, at + B):
             epoch, i = divmod(position, len(windows))
-            rows.append(windows[shuffled(self.seed, epoch, len(windows))[i]])
-        return stack(rows)
+            rows.append(windows[self.order(epoch, len(windows))[i]])
+        return torch.from_numpy(np.stack(rows).astype(np.int64))            # (B, L + 1)
 
     def windows(self, n, L):
         windows = self._cut(L)
         chosen = np.linspace(0, len(windows) - 1, min(n, len(windows))).astype(int)
-        return stack([windows[i] for i in chosen])
+        rows = [windows[i] for i in chosen]
+        return torch.from_numpy(np.stack(rows).astype(np.int64))            # (n, L + 1)
 
 
 class Stream:
@@ -498,15 +488,16 @@ class Stream:
             skip = self.held_out + 1 if self.held_out else 0
             epochs = (self._once(L, skip) for _ in itertools.count())
             self.next, self.L, self.rest = 0, L, itertools.chain.from_iterable(epochs)
-        ahead, self.next = at - self.next, at + B
-        return stack(list(itertools.islice(self.rest, ahead, ahead + B)))
+        rows = list(itertools.islice(self.rest, at - self.next, at - self.next + B))
+        self.next = at + B
+        return torch.from_numpy(np.stack(rows))                             # (B, L + 1)
 
     def windows(self, n, L):
         rows = list(itertools.islice(self._once(L, 0), n))
         if len(rows) < n or n * L > self.held_out:
             raise UsageError(f"{n} held-out windows of {L} are asked for: {self.held_out:,} tokens "
                              f"are held out of {self.documents.source}")
-        return stack(rows)
+        return torch.from_numpy(np.stack(rows))                             # (n, L + 1)
 
 
 def data_folder(source, tokenizer):
