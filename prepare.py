@@ -262,31 +262,15 @@ def prepare(source, folder, tokenizer, config=None, tokens=None, processes=None)
               "dtype": tokenizer.dtype.name}
     # One reader feeds about eight. Bytes are as fast to encode as to hand over.
     processes = processes or (1 if tokenizer.name == "bytes" else min(8, os.cpu_count()))
-    partial = folder.with_name(f".{folder.name}.partial")
-    with only_one(folder):
-        if folder.exists():
-            raise UsageError(f"{folder} exists already: delete it to prepare it again, "
-                             "or choose another --out")
-        meta = begin(partial, recipe)
+    with unfinished(folder, recipe) as (partial, meta):
         needed = tokenizer.dtype.itemsize * ((tokens or 0) - meta["train_tokens"])
         free = shutil.disk_usage(folder.parent).free
         if needed > free:
             raise UsageError(f"{folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
                              "make room, or stream with distill.py --stream")
-        try:
-            partial.mkdir(exist_ok=True)
-            write_shards(documents, partial, tokenizer, meta, processes)
-            partial.rename(folder)
-        except BaseException as error:
-            said = error
-            if isinstance(error, OSError):      # in writing: what fails to be read is a UsageError
-                said = UsageError(f"cannot write to {folder}: {first_line(error)}")
-            if (partial / "meta.json").exists():
-                said.args = (f"{said}; what is prepared is kept in {partial}, "
-                             "the same command goes on from there",)
-            else:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise said from error.__cause__
+        partial.mkdir(exist_ok=True)
+        write_shards(documents, partial, tokenizer, meta, processes)
+        partial.rename(folder)
     print(f"prepared {folder} | {meta['train_tokens']:,} training and {meta['val_tokens']:,} "
           f"held-out tokens of {meta['documents']:,} documents | {tokenizer.name} tokenizer, "
           f"vocabulary {tokenizer.vocab_size:,}")
@@ -294,30 +278,46 @@ def prepare(source, folder, tokenizer, config=None, tokens=None, processes=None)
 
 
 @contextlib.contextmanager
-def only_one(folder):
-    """The right to make `folder`, by a lock that the system opens when its holder is killed."""
+def unfinished(folder, recipe):
+    """-> where `folder` is made, and the note (meta.json) of what this recipe has done there so far
+
+    It is ours alone, by a lock that the system opens if we are killed. Whatever else stops us, what
+    the note counts is kept.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f".{folder.name}.lock")
-    try:
-        with filelock.FileLock(path, timeout=0), contextlib.ExitStack() as at_the_end:
-            at_the_end.callback(path.unlink)
-            yield
-    except filelock.Timeout:
-        raise UsageError(f"another process is preparing {folder}: wait for it") from None
-
-
-def begin(partial, recipe):
-    """-> the meta dict of what this recipe has left in `partial`, or of nothing"""
-    if not (partial / "meta.json").exists():
-        shutil.rmtree(partial, ignore_errors=True)
-        return recipe | {"documents": 0, "train_tokens": 0, "val_tokens": 0,
-                         "train": {}, "val": {}, "place": None}
-    meta = json.loads((partial / "meta.json").read_text())
-    if changed := [f"{key} was {meta[key]}, is {recipe[key]}" for key in recipe
-                   if meta[key] != recipe[key]]:
-        raise UsageError(f"{partial} is unfinished and of another recipe ({changed[0]}): "
-                         "delete it to start over")
-    return meta
+    partial, lock = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "lock"))
+    note, meta = partial / "meta.json", recipe | {
+        "documents": 0, "train_tokens": 0, "val_tokens": 0, "train": {}, "val": {}, "place": None}
+    with contextlib.ExitStack() as at_the_end:
+        try:
+            at_the_end.enter_context(filelock.FileLock(lock, timeout=0))
+        except filelock.Timeout:
+            raise UsageError(f"another process is preparing {folder}: wait for it") from None
+        at_the_end.callback(lock.unlink)
+        if folder.exists():
+            raise UsageError(f"{folder} exists already: delete it to prepare it again, "
+                             "or choose another --out")
+        if note.exists():
+            meta = json.loads(note.read_text())
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+        for key, want in recipe.items():
+            if meta[key] != want:
+                raise UsageError(f"{partial} is unfinished and of another recipe ({key} was "
+                                 f"{meta[key]}, is {want}): delete it to start over")
+        try:
+            yield partial, meta
+        except BaseException as error:
+            said = error
+            if isinstance(error, OSError):      # in writing: what fails to be read is a UsageError
+                said = UsageError(f"cannot write to {folder}: {first_line(error)}")
+            if note.exists():
+                said.args = (f"{said}; what is prepared is kept in {partial}, "
+                             "the same command goes on from there",)
+            raise said from error.__cause__
+        finally:
+            if not note.exists():
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_shards(documents, partial, tokenizer, meta, processes):
@@ -438,10 +438,9 @@ class Tokens:
         return windows
 
     def batch(self, at, B, L):
-        windows, rows = self._cut(L), []
-        for position in range(at, at + B):
-            epoch, i = divmod(position, len(windows))
-            rows.append(windows[self.order(epoch, len(windows))[i]])
+        windows = self._cut(L)
+        places = (divmod(position, len(windows)) for position in range(at, at + B))
+        rows = [windows[self.order(epoch, len(windows))[i]] for epoch, i in places]
         return torch.from_numpy(np.stack(rows).astype(np.int64))            # (B, L + 1)
 
     def windows(self, n, L):
