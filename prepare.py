@@ -112,7 +112,7 @@ class Documents:
     def _from_files(self):
         for path in self.paths:
             self.doing = f"read {path}"
-            yield from read_text(path, -1) if self.source == "stdlib" else reader(path)(path)
+            yield from (read_whole if self.source == "stdlib" else reader(path))(path)
 
     def _from_hub(self, place):
         import datasets
@@ -152,13 +152,17 @@ def opened(path):
     return opener(path, "rt", encoding="utf-8", errors="replace")
 
 
-def read_text(path, piece=PIECE):
+def read_whole(path):
+    yield path.read_text("utf-8", errors="replace"), True
+
+
+def read_text(path):
     with opened(path) as file:
-        text = file.read(piece)
+        text = file.read(PIECE)
         while text:
             if text[-1] != "\n":
-                text += file.readline(piece)      # cut at the end of a line, where tokens end too
-            following = file.read(piece)
+                text += file.readline(PIECE)      # cut at the end of a line, where tokens end too
+            following = file.read(PIECE)
             yield text, not following
             text = following
 

@@ -1199,6 +1199,8 @@ def test_an_unfinished_folder_is_kept_and_not_taken_for_another(
         prepare.prepare(str(source), out, tokenizer)
     assert bytes_of(tmp_path / ".out.partial") == before
     source.write_text(text)
+    with open(tmp_path / ".out.partial" / "val.bin", "ab") as file:
+        file.write(b"beyond what the note counts" * 1000)
     prepare.prepare(str(source), out, tokenizer)
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
 
