@@ -264,8 +264,10 @@ def prepare(source, folder, tokenizer, config=None, tokens=None, processes=None)
               "tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint,
               "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
               "dtype": tokenizer.dtype.name}
-    # One reader feeds about eight. Bytes are as fast to encode as to hand over.
-    processes = processes or (1 if tokenizer.name == "bytes" else min(8, os.cpu_count()))
+    # One reader feeds about eight. Bytes are as fast to encode as to hand over, and only Linux has
+    # forks that can be trusted.
+    alone = tokenizer.name == "bytes" or sys.platform != "linux"
+    processes = processes or (1 if alone else min(8, os.cpu_count()))
     with unfinished(folder, recipe) as (partial, meta):
         needed = tokenizer.dtype.itemsize * ((tokens or 0) - meta["train_tokens"])
         free = shutil.disk_usage(folder.parent).free
@@ -549,7 +551,8 @@ def run_program(main):
     try:
         main()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":          # of several processes one says it
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print(f"\nstopped{stop or '; what was saved is kept'}", file=sys.stderr)
