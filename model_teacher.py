@@ -268,8 +268,9 @@ def compare(model, teacher, windows):
     at_once = max(1, 2**23 // (L * teacher.config.vocab_size))          # (B, L, V) maps of 32 MB
     for tokens in windows.split(at_once):
         tokens = tokens.to(device)
-        ours, theirs = (m.logits(tokens[:, :-1]).float().log_softmax(-1).flatten(0, 1)
-                        for m in (model, teacher))
+        said = [m.logits(tokens[:, :-1]).float().log_softmax(-1).flatten(0, 1)
+                for m in dict.fromkeys((model, teacher))]       # a teacher is not asked twice
+        ours, theirs = said[0], said[-1]                        # (B L, V)
         total += torch.stack([F.nll_loss(ours, tokens[:, 1:].flatten(), reduction="sum"),
                               F.kl_div(ours, theirs, reduction="sum", log_target=True),
                               (ours.argmax(-1) == theirs.argmax(-1)).sum()]).double().cpu()
