@@ -1427,10 +1427,19 @@ def test_train_mixer_leaves_all_else_as_the_teacher_has_it(tmp_path, teacher_fol
     assert moved == [] and len(theirs) > 10
 
 
+MOST_HELD = """
+import re
+def most():         # bytes, since this program began: what getrusage says begins with its parent's
+    return 1024 * int(re.search("VmHWM:[^0-9]*([0-9]+)", open("/proc/self/status").read())[1])
+"""
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what a process has held")
+
+
+@on_linux
 def test_stage_3_at_phis_vocabulary_fits_in_3_gb():
     """16,384 tokens, V = 51,200, forward and backward: one (tokens, V) map alone is 3.4 GB."""
-    code = """
-import resource, torch, distill
+    code = MOST_HELD + """
+import torch, distill
 class Model:
     def __init__(self):
         self.lm_head, self.model = torch.nn.Linear(16, 51200), self
@@ -1443,10 +1452,10 @@ class Model:
 student, teacher = Model(), Model()
 for x in (teacher.u, *teacher.lm_head.parameters()):
     x.requires_grad_(False)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = most()
 loss, _ = next(distill.predictions(student, teacher, torch.zeros(1, 16384, dtype=torch.long)))
 loss.backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20, student.u.grad.norm())
+print((most() - before) / 2**30, student.u.grad.norm())
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     gigabytes = float(done.stdout.split()[0])
@@ -1841,8 +1850,8 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
 # -----------------------------------------------------------------------------
 # what it costs
 
-MEASURE = """
-import re, sys, torch, distill
+MEASURE = MOST_HELD + """
+import sys, torch, distill
 from model_ssm import SSM, Config, shapes_of
 from model_teacher import Teacher
 from transformers import PhiConfig
@@ -1858,8 +1867,6 @@ costs = distill.cost(losses, parts, config, hf, args.plans[stage], args, False, 
 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
     x = torch.randn(512, 512, requires_grad=True)
     (x @ x).sum().backward()                                    # what the libraries take
-def most():             # since this program began; getrusage counts from its parent on
-    return 1024 * int(re.search("VmHWM:[^0-9]*([0-9]+)", open("/proc/self/status").read())[1])
 before = most()
 teacher = Teacher.random(hf)
 student = SSM.from_teacher(teacher)
@@ -1878,7 +1885,7 @@ print(sum(costs[f"{part} bytes"] for part in parts),
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what a process has held")
+@on_linux
 @pytest.mark.parametrize("flags", ["1", "2", "3 --recompute"])
 def test_the_plan_knows_the_memory_of_a_real_step(flags):
     # glibc keeps what is freed in small pieces; told to give it back, the process holds what its
