@@ -1621,18 +1621,24 @@ def test_the_recipes_say_how_and_the_presets_what():
     assert modern.init != "mohawk" and modern.plans[3].batch == paper.plans[3].batch
 
 
-def test_decays_by_distance_reach_as_far_as_the_teachers_attention(data_folder):
+def test_a_fitted_student_reaches_as_far_as_its_teacher_and_no_scale_is_better(data_folder):
     teacher = random_teacher()
     for layer in teacher.layers:                # what a norm says has a part that is always there,
         layer.input_layernorm.bias.fill_(1.0)           # in every trained teacher
     tokens = Tokens(data_folder).batch(0, 4, 32)[:, :-1]
     student = SSM.from_teacher(teacher, (1,), "qkv")
-    distill.set_decays(student, teacher, tokens)
+    distill.fit_matrices(student, teacher, tokens)
     for i, u in teacher.inputs(tokens, only=student.ssm_layers):
         a = student.factors(i, u)[2].mean((0, 1))                                   # (H)
         M = teacher.matrix(i, u)                                                    # (B, H, L, L)
         far = sum(M[:, :, t, j] * (t - j) for t in range(32) for j in range(t)).mean(0) / 32
         assert rel(-1 / a, far) < 0.1
+        # at the least of || P - c M - D I ||^2 the rest is at right angles to M and to I
+        rest, decayed = M - student.matrix(i, u), student.matrix(i, u)
+        for direction in (decayed, torch.eye(32).expand_as(M)):
+            angle = ((rest * direction).sum((0, 2, 3)) / (rest.square().sum((0, 2, 3))
+                     * direction.square().sum((0, 2, 3))).sqrt())
+            assert angle.abs().max() < 1e-3
 
 
 def test_a_stream_distils_as_shards_in_its_order_would(tmp_path, teacher_folder):
