@@ -725,50 +725,55 @@ def copy_of_teacher(args, teacher, tokens):
     torch.manual_seed(args.seed)
     layers = kept_attention(args, len(teacher.layers))
     student = SSM.from_teacher(teacher, layers, "mohawk" if args.init == "mohawk" else "qkv")
-    if args.init == "distance":
-        fit_matrices(student.to(tokens.device), teacher, tokens)
+    if args.init in ("fit", "distance"):
+        fit_matrices(student.to(tokens.device), teacher, tokens, args.init == "distance")
     return student
 
 
 @torch.no_grad()
-def fit_matrices(student, teacher, tokens):
-    """Student as copied from q, k, v -> its matrices as near as two numbers and a decay can bring
-    each head's to the teacher's attention P, on these tokens (B, L).
+def fit_matrices(student, teacher, tokens, decays):
+    """Bring each head's matrix M, made of the teacher's q and k, as near to its attention P as two
+    numbers can on these tokens (B, L): c and D of least || P - c M - D I ||_F.
 
-    The decay: a = -1 / the mean distance at which the teacher's head looks. a is -softplus(A_log),
-    and A_log a product of in_proj with no bias. So its rows are those that come nearest to a
-    constant here, by least squares with a ridge.
-    The numbers: c and D of least || P - c M - D I ||_F. c goes into q. A score without a softmax is
-    too loud: c is a few percent.
+    c goes into q. Scores without a softmax are too loud: c is a few percent.
+    """
+    if decays:
+        set_decays(student, teacher, tokens)
+    for i, u in teacher.inputs(tokens, only=student.ssm_layers):
+        mixer, products = student.layers[i].mixer, 0
+        mixer.D.zero_()
+        for window in u.float()[:, None]:
+            M, P = (model.matrix(i, window)[0].double() for model in (student, teacher))
+            of_M, of_P = (x.diagonal(dim1=-2, dim2=-1).sum(-1) for x in (M, P))     # with I: (H)
+            products = products + torch.stack([(M * M).sum((-1, -2)), of_M, (P * M).sum((-1, -2)),
+                                               of_P, torch.full_like(of_M, tokens.shape[1])])
+        MM, MI, PM, PI, II = products                                               # (H) each
+        c = ((PM * II - PI * MI) / (MM * II - MI * MI)).clamp_min(0)
+        mixer.D.copy_((PI - c * MI) / II)
+        c = c.to(mixer.D.dtype)[:, None]
+        mixer.in_proj.weight.split(mixer.sizes)[2].unflatten(0, (len(c), -1)).mul_(c[..., None])
+        mixer.conv1d.bias.split(mixer.sizes[:3])[2].unflatten(0, (len(c), -1)).mul_(c)
+
+
+@torch.no_grad()
+def set_decays(student, teacher, tokens):
+    """Each head forgets as its teacher's looks back: a = -1 / the mean distance of its attention.
+
+    a = -softplus(A_log), and A_log is a product of in_proj with no bias. So its rows are those that
+    come nearest to a constant on these tokens (B, L), by least squares with a ridge.
     """
     position = torch.arange(tokens.shape[1], device=tokens.device)
     back = (position[:, None] - position).clamp_min(0)                          # (L, L)
     for i, u in teacher.inputs(tokens, only=student.ssm_layers):
         layer = student.layers[i]
-        mixer, u = layer.mixer, u.float()
-        _, _, q_rows, _, A_rows = mixer.in_proj.weight.split(mixer.sizes)
         looks = [(teacher.matrix(i, window[None]) * back).sum(-1).mean(-1) for window in u]
         distance = torch.cat(looks).mean(0).clamp_min(0.25).double()            # (H)
-        h = layer.input_layernorm(u).flatten(0, 1).double()                     # (B L, D)
+        h = layer.input_layernorm(u.float()).flatten(0, 1).double()             # (B L, D)
         gram = h.T @ h / len(h)
         gram.diagonal().add_(1e-2 * gram.diagonal().mean())
         constant = torch.linalg.solve(gram, h.mean(0))                          # (D), h . it ~ 1
-        A_rows.copy_(torch.outer((1 / distance).expm1().log(), constant))
-
-        products = 0
-        for window in u[:, None]:
-            mixer.D.zero_()
-            M, P = (m.matrix(i, window)[0].double() for m in (student, teacher))    # (H, L, L)
-            of_M, of_P = (x.diagonal(dim1=-2, dim2=-1).sum(-1) for x in (M, P))
-            products = products + torch.stack([(M * M).sum((-1, -2)), of_M, (P * M).sum((-1, -2)),
-                                               of_P, torch.full_like(of_M, tokens.shape[1])])
-        MM, MI, PM, PI, II = products                                           # (H) each
-        c = ((PM * II - PI * MI) / (MM * II - MI * MI)).clamp_min(0)
-        mixer.D.copy_((PI - c * MI) / II)
-        c = c.to(q_rows.dtype)[:, None]
-        q_bias = mixer.conv1d.bias.split(mixer.sizes[:3])[2]
-        q_rows.unflatten(0, (len(c), -1)).mul_(c[..., None])
-        q_bias.unflatten(0, (len(c), -1)).mul_(c)
+        rows = layer.mixer.in_proj.weight.split(layer.mixer.sizes)[-1]          # (H, D)
+        rows.copy_(torch.outer((1 / distance).expm1().log(), constant))
 
 
 def kept_attention(args, n_layer):
@@ -1199,8 +1204,9 @@ def parse(arguments=None):
     add("--config", help="which part of a Hugging Face data set")
     add("--recipe", choices=RECIPES, help="the paper's, or what the field learned since "
         "[phi: paper; else modern]")
-    add("--init", choices=("mohawk", "qkv", "distance"), help="mixers start MOHAWK's way, or from "
-        "the teacher's q, k, v, or so and fitted to its attention: decay, scale, D")
+    add("--init", choices=("mohawk", "qkv", "fit", "distance"), help="mixers start MOHAWK's way; "
+        "from the teacher's q, k, v; so, and fitted to its attention; so, and with decays by how "
+        "far it looks")
     add("--attn_layers", nargs="+", help="layers that keep attention; paper: 4 10 16 22 [none]")
     add("--out", help="folder of the run [out/<preset>]")
     # how much: one value for each stage, or one for all

@@ -1626,7 +1626,7 @@ def test_a_fitted_student_reaches_as_far_as_its_teacher_and_no_scale_is_better(d
         layer.input_layernorm.bias.fill_(1.0)           # in every trained teacher
     tokens = Tokens(data_folder).batch(0, 4, 32)[:, :-1]
     student = SSM.from_teacher(teacher, (1,), "qkv")
-    distill.fit_matrices(student, teacher, tokens)
+    distill.fit_matrices(student, teacher, tokens, decays=True)
     for i, u in teacher.inputs(tokens, only=student.ssm_layers):
         a = student.factors(i, u)[2].mean((0, 1))                                   # (H)
         M = teacher.matrix(i, u)                                                    # (B, H, L, L)
