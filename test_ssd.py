@@ -843,7 +843,8 @@ def test_the_tiny_teacher_learns_and_is_an_ordinary_folder(tmp_path, data_folder
     events, tokenizer = [], Tokenizer("bytes")
     model_teacher.train_tiny(Tokens(data_folder), tokenizer, events.append, tokens=40 * 512,
                              folder=tmp_path / "teacher", batch=8, context=64)
-    assert events[-1]["loss"] < events[0]["loss"] - 0.2 < math.log(257) - 0.2
+    # Knowing nothing scores log 257. The text is this project's own, so the margins are wide.
+    assert events[-1]["loss"] < events[0]["loss"] < math.log(257) - 1
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
     assert isinstance(stock, transformers.PhiForCausalLM) and 1.5e6 < stock.num_parameters() < 2.5e6
     hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "teacher")
