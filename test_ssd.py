@@ -1672,6 +1672,316 @@ def test_the_distances_of_a_kept_layer_are_zero():
 
 
 # -----------------------------------------------------------------------------
+# benchmarks
+
+needs_harness = pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="needs lm-eval")
+WORDS = "a is to of the tree loud seven window because rain letters yellow".split()
+
+
+def score_alone(model, before, answer, context=256):
+    """-> log p(answer | before), is it greedy: by the book, one text at a time, in bytes"""
+    answer = [*answer.encode()]
+    ids = ([*before.encode()] or [256]) + answer
+    ids = ids[-context - 1:]
+    log_p = model.logits(torch.tensor([ids]))[0].float().log_softmax(-1)            # (L, V)
+    at = range(len(ids) - len(answer), len(ids))
+    return (sum(log_p[t - 1, ids[t]].item() for t in at),
+            all(log_p[t - 1].argmax() == ids[t] for t in at))
+
+
+def choose_alone(model, docs, characters):
+    """The share of questions answered rightly; characters: log p per character decides"""
+    right = 0
+    for doc in docs:
+        score = [score_alone(model, doc["question"], f" {x}")[0] / (len(x) if characters else 1)
+                 for x in doc["choices"]]
+        right += score.index(max(score)) == doc["gold"]
+    return right / len(docs)
+
+
+def questions(n, seed):
+    """n questions of random words, and answers of 1 to 4 words, one of them said to be right"""
+    draw = torch.Generator().manual_seed(seed)
+
+    def number(low, high):
+        return torch.randint(low, high, (), generator=draw).item()
+
+    def some(k):
+        return " ".join(WORDS[number(0, len(WORDS))] for _ in range(k))
+
+    return [{"question": some(number(1, 12)), "choices": [some(number(1, 5)) for _ in range(4)],
+             "gold": number(0, 4)} for _ in range(n)]
+
+
+def task_file(folder, name, docs, **more):
+    """A task of the harness in two files; JSON is YAML too"""
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    data = {"data_files": {"test": str(folder / f"{name}.jsonl")},
+            "cache_dir": str(folder / "cache")}
+    (folder / f"{name}.yaml").write_text(json.dumps(
+        {"task": name, "dataset_path": "json", "dataset_kwargs": data, "test_split": "test",
+         "doc_to_text": "question", "doc_to_target": "gold", **more}))
+
+
+CHOICE = {"output_type": "multiple_choice", "doc_to_choice": "choices",
+          "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+# log p of a byte is known to about 1e-5 (logits of some tens, summed in another order where a batch
+# is padded); an answer has up to 40 bytes.
+@pytest.mark.parametrize("kind", ["teacher", "student", "hybrid"])
+def test_answers_are_scored_in_batches_as_one_by_one(monkeypatch, kind):
+    monkeypatch.setattr(evaluation, "TOKENS_AT_ONCE", 256)
+    model = random_teacher()
+    if kind != "teacher":
+        model = SSM.from_teacher(model, (1,) if kind == "hybrid" else (), "qkv").eval()
+    pairs = [(doc["question"], f" {x}") for doc in questions(8, 0) for x in doc["choices"]]
+    pairs += [("", "the tree"), (" ".join(WORDS), " rain")]     # no context; one that must be cut
+    asked = evaluation.Asked(model, Tokenizer("bytes"), 48, "cpu")
+    got = asked._loglikelihood_tokens(
+        [(None, [*before.encode()] or [256], [*answer.encode()]) for before, answer in pairs])
+    for (before, answer), (score, greedy) in zip(pairs, got, strict=True):
+        want, likeliest = score_alone(model, before, answer, context=48)
+        assert abs(score - want) < 4e-4 and greedy == likeliest
+    ids = model.generate(torch.tensor([[*b"yellow"]]), 5)[0].tolist()
+    assert asked._loglikelihood_tokens([(None, ids[:6], ids[6:])])[0][1] is True
+    with pytest.raises(UsageError, match="49 tokens does not fit into windows of 48"):
+        asked._loglikelihood_tokens([(None, [1], [2] * 49)])
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_a_text_ends_where_the_first_stop_string_begins(kind):
+    model = random_teacher()
+    model = model if kind == "teacher" else SSM.from_teacher(model, (), "qkv").eval()
+    asked, prompt = evaluation.Asked(model, Tokenizer("bytes"), 256, "cpu"), [*b"seven trees"]
+    ids = model.generate(torch.tensor([prompt]), 100)[0, len(prompt):].tolist()
+    ids = ids[:ids.index(256)] if 256 in ids else ids
+    whole = Tokenizer("bytes").decode(ids)
+    assert asked.continued(prompt, 100, []) == whole and len(ids) > 40
+    assert asked.continued(prompt, 7, []) == Tokenizer("bytes").decode(ids[:7])
+    for stops in ([whole[5]], [whole[30:33], whole[20:23]]):
+        assert asked.continued(prompt, 100, stops) == whole[:min(map(whole.index, stops))]
+
+
+def both_models(run, teacher_folder):
+    return {"teacher": Teacher.load(str(teacher_folder)),
+            "student": SSM.from_pretrained(run / "stage3").eval()}
+
+
+@needs_harness
+def test_the_papers_table_is_what_scoring_by_hand_gives(tmp_path, a_run, teacher_folder, capsys):
+    docs = {task: questions(12, seed) for seed, task in enumerate(evaluation.PAPER)}
+    for doc in docs["lambada_openai"]:
+        doc["gold"] = " " + doc["choices"][0]
+    for task in docs:
+        if task != "lambada_openai":
+            task_file(tmp_path, task, docs[task], **CHOICE)
+    task_file(tmp_path, "lambada_openai", docs["lambada_openai"], output_type="loglikelihood",
+              target_delimiter="", metric_list=[{"metric": "perplexity"}, {"metric": "acc"}])
+    evaluation.main([str(a_run), "--tasks", "paper", "--include_path", str(tmp_path),
+                     "--context", "256"])
+    said = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines()
+            if line.startswith("|")]
+    models = both_models(a_run, teacher_folder)
+    chosen = {}
+    for name, model in models.items():
+        want = [choose_alone(model, docs[task], metric == "acc_norm")
+                for task, metric in evaluation.PAPER.items() if task != "lambada_openai"]
+        golds = [score_alone(model, doc["question"], doc["gold"]) for doc in docs["lambada_openai"]]
+        want.append(sum(greedy for _, greedy in golds) / 12)
+        row = next(row for row in rows if row[0] == name)
+        assert row[1:7] == [f"{100 * x:.1f}" for x in want]
+        assert row[7] == f"{100 * sum(want) / 6:.1f}"
+        chosen[name] = math.exp(-sum(score for score, _ in golds) / 12), want
+    assert chosen["teacher"][1] != chosen["student"][1]         # else a swap would pass
+    perplexity = next(row for row in rows if row[1] == "perplexity")
+    assert [float(x) for x in perplexity[2:4]] == pytest.approx(
+        [chosen[name][0] for name in ("teacher", "student")], rel=1e-3)
+    # the published rows, their means as the paper prints them, and 62.6 of 64.9
+    by_name = {row[0]: row for row in rows}
+    assert by_name["Phi-1.5 [2]"][1:] == "73.4 75.6 48.0 76.6 62.6 53.4 64.9".split()
+    assert by_name["Phi-Mamba [2]"][1:] == "71.7 74.0 44.1 75.5 60.2 50.1 62.6".split()
+    assert [row[7] for row in rows if row[0] == "recovered"][1] == "96.4%"
+
+
+@needs_harness
+def test_whole_texts_and_generations_go_through_the_harness(
+        tmp_path, a_run, teacher_folder, capsys):
+    models = both_models(a_run, teacher_folder)
+    texts, context = ["letters. " * 3, "Because of the rain, " * 8], 64
+    task_file(tmp_path, "texts", [{"question": "", "gold": text} for text in texts],
+              output_type="loglikelihood_rolling", metric_list=[{"metric": "bits_per_byte"}])
+    bits = []
+    for model in models.values():
+        total = 0
+        for text in texts:
+            for start in range(0, len(text), context):
+                end = min(start + context, len(text))
+                seen = text[end - context - 1:start] if start else ""   # a whole window, if it can
+                total += score_alone(model, seen, text[start:end], context)[0]
+        bits.append(-total / sum(map(len, texts)) / math.log(2))
+
+    prompts = ["seven", "the window", "yellow"]
+    golds = [Tokenizer("bytes").decode(models["teacher"].generate(
+        torch.tensor([[*p.encode()]]), 12)[0, len(p):].tolist()) for p in prompts]
+    docs = [{"question": p, "gold": g} for p, g in zip(prompts, golds, strict=True)]
+    task_file(tmp_path, "said", docs,
+              output_type="generate_until", generation_kwargs={"until": [], "max_gen_toks": 12},
+              metric_list=[{"metric": "exact_match"}])
+    evaluation.main([str(a_run), "--tasks", "texts", "said", "--include_path", str(tmp_path),
+                     "--context", str(context)])
+    said = capsys.readouterr().out
+    row = re.search(r"^\| texts \| bits_per_byte \| +([\d.]+) \| +([\d.]+) \| +2 \|$", said, re.M)
+    assert [float(x) for x in row.groups()] == pytest.approx(bits, abs=1e-3)
+    assert re.search(r"^\| said +\| +exact_match \| +1 \| +0 \| +3 \|$", said, re.M), said
+
+
+GENERATE = {"output_type": "generate_until", "metric_list": [{"metric": "exact_match"}]}
+WRONG_TASKS = {     # what is wrong with the task `hello`, and what is said of it
+    "no field": (CHOICE | {"doc_to_choice": "{{answers}}"}, "answers"),
+    "no data": (CHOICE | {"dataset_kwargs": {"data_files": "nowhere.jsonl"}}, "nowhere.jsonl"),
+    "too long": (GENERATE | {"generation_kwargs": {"max_gen_toks": 300}}, "--context longer than"),
+    "sampled": (GENERATE | {"generation_kwargs": {"max_gen_toks": 3, "do_sample": True,
+                                                  "temperature": 1.0}}, "hello samples its texts"),
+}
+
+
+@needs_harness
+@pytest.mark.parametrize("mistake", WRONG_TASKS)
+def test_a_mistake_in_a_task_is_one_line(tmp_path, a_run, mistake):
+    settings, complaint = WRONG_TASKS[mistake]
+    task_file(tmp_path, "hello", questions(2, 0), **settings)
+    with pytest.raises(UsageError, match=complaint) as error:
+        evaluation.main([str(a_run), "--tasks", "hello", "--include_path", str(tmp_path)])
+    assert "\n" not in str(error.value)
+
+
+@needs_harness
+def test_a_task_that_is_not_there_is_one_line(tmp_path, a_run, monkeypatch):
+    command = [str(a_run), "--include_path", str(tmp_path), "--tasks"]
+    task_file(tmp_path, "hello", questions(2, 0), **CHOICE)
+    from lm_eval import tasks
+    own = tasks.TaskManager     # without the harness's thousands of files, which take seconds
+    monkeypatch.setattr(tasks, "TaskManager", lambda include_path, **_: own(
+        include_path=include_path, include_defaults=False))
+    with pytest.raises(UsageError, match="lm-eval knows no hallo; it knows hello$"):
+        evaluation.main([*command, "hallo"])
+    with pytest.raises(UsageError, match="nowhere: no such folder"):
+        evaluation.main([str(a_run), "--tasks", "hello", "--include_path", "./nowhere"])
+    (tmp_path / "hello.yaml").write_text("task: [hello")
+    with pytest.raises(UsageError, match="hello.yaml: .*expected") as error:
+        evaluation.main([*command, "hello"])
+    assert "\n" not in str(error.value)
+
+
+def test_without_the_harness_tasks_say_what_to_install(a_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UsageError, match="^--tasks needs lm-eval: pip install lm-eval$"):
+        evaluation.main([str(a_run), "--tasks", "paper"])
+
+
+# -----------------------------------------------------------------------------
+# export
+
+LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for folder in sys.argv[1:]:
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True)
+    assert not any(info.values()) and model.dtype == torch.float32, info
+    prompts = torch.load(f"{folder}.pt")
+    model.generation_config.eos_token_id = None     # as SSM.generate, which does not stop there
+    greedy = dict(max_new_tokens=20, do_sample=False)
+    said = {"logits": model(prompts).logits.detach(), "greedy": model.generate(prompts, **greedy),
+            "uncached": model.generate(prompts, use_cache=False, **greedy),
+            "beams": model.generate(prompts, num_beams=3, **greedy),
+            "uncached beams": model.generate(prompts, num_beams=3, use_cache=False, **greedy),
+            "loss": model(prompts, labels=prompts).loss.detach(),
+            "ids": AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("text").input_ids}
+    right = torch.ones_like(prompts)
+    right[0, -3:] = 0
+    assert torch.equal(model(prompts, attention_mask=right).logits, said["logits"])
+    try:
+        model.generate(prompts, attention_mask=right.flip(1))
+        raise SystemExit("left padding was taken for text")
+    except ValueError as error:
+        assert "left" in str(error)
+    torch.save(said, f"{folder}.said")
+"""
+
+
+# One process loads all of them, far from this folder, and with no network.
+def test_transformers_loads_what_was_exported_and_computes_the_same(tmp_path, teacher_folder):
+    tokens, students = some_tokens(), {}
+    for name, teacher, attn_layers in (("phi", "phi", ()), ("hybrid", "phi", (1,)),
+                                       ("tied", "smollm2", (0, 2)), ("gqa", "llama", ())):
+        student = SSM.from_teacher(random_teacher(teacher), attn_layers, "qkv").eval()
+        student.save_pretrained(tmp_path / "students" / name)
+        evaluation.main([str(tmp_path / "students" / name), "--teacher", str(teacher_folder),
+                         "--export", str(tmp_path / name)])
+        torch.save(tokens, tmp_path / f"{name}.pt")
+        students[name] = student
+        assert torch.equal(SSM.from_pretrained(tmp_path / name).logits(tokens),
+                           student.logits(tokens))              # and so does this project
+    done = subprocess.run([sys.executable, "-c", LOAD, *students], cwd=tmp_path, text=True,
+                          capture_output=True,
+                          env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "",
+                                            "HF_HOME": str(tmp_path / "cache")})
+    assert done.returncode == 0, done.stderr
+    for name, student in students.items():
+        said, logits = torch.load(tmp_path / f"{name}.said"), student.logits(tokens).detach()
+        assert torch.equal(said["logits"], logits)
+        greedy = student.generate(tokens, 20)
+        assert torch.equal(said["greedy"], greedy) and torch.equal(said["uncached"], greedy)
+        assert torch.equal(said["beams"], said["uncached beams"])
+        assert not torch.equal(said["beams"], greedy)           # else beams were none
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1),
+                                                 tokens[:, 1:].flatten())
+        assert torch.allclose(said["loss"], loss) and said["ids"] == [*b"text"]
+
+
+def test_an_export_carries_its_table_and_its_license_and_overwrites_nothing(tmp_path, a_run):
+    (tmp_path / "empty").mkdir()
+    evaluation.main([str(a_run), "--export", str(tmp_path / "empty")])
+    card = (tmp_path / "empty" / "README.md").read_text()
+    assert (a_run / "report.md").read_text() in card and "{" not in card
+    assert (tmp_path / "empty" / "LICENSE").read_text() == (HERE / "LICENSE").read_text()
+    def files_of(folder):
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    before = files_of(tmp_path)
+    for taken in (tmp_path / "empty", tmp_path / "empty" / "README.md"):
+        with pytest.raises(UsageError, match="it is there already, and not empty"):
+            evaluation.main([str(a_run), "--export", str(taken)])
+    with pytest.raises(UsageError, match="no such teacher"):
+        evaluation.main([str(a_run), "--export", str(tmp_path / "new"), "--teacher", "./nowhere"])
+    assert files_of(tmp_path) == before
+
+
+# Phi-1.5 is their teacher where --teacher names none.
+def test_weights_of_no_run_are_evaluated_as_the_papers(
+        tmp_path, teacher_folder, data_folder, capsys, offline):
+    student = SSM.from_teacher(Teacher.load(str(teacher_folder)), (), "qkv")
+    student.save_pretrained(tmp_path / "model")
+    command = [str(tmp_path / "model"), "--eval_tokens", "256", "--context", "32", "--length", "5"]
+    evaluation.main([*command, "--teacher", str(teacher_folder), "--data", str(data_folder)])
+    assert re.search(r"^\| student \| +[\d.]+ \|", capsys.readouterr().out, re.M)
+    for arguments, complaint in ((command, "cannot load the teacher microsoft/phi-1_5"),
+                                 (["goombalab/Phi-Mamba"], "the hub does not give it")):
+        with pytest.raises(UsageError, match=complaint) as error:
+            evaluation.main(arguments)
+        assert "\n" not in str(error.value)
+
+
+# -----------------------------------------------------------------------------
 # stopped runs
 
 LONGER = ("--batch", "64", "--tokens", "512", "1024", "1024", "--save_minutes", "0", "--seed", "3")
