@@ -32,12 +32,14 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    Cache,
     PhiConfig,
     PhiForCausalLM,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
-from model_ssm import UsageError, ask_hub, first_line, sample
+from model_ssm import UsageError, ask_hub, extended, first_line, sample
 
 FAMILIES = ("phi", "llama", "mistral", "qwen2", "qwen3")
 TINY = Path("out/tiny-teacher")
@@ -238,16 +240,55 @@ class Teacher:
         """tokens (B, L) -> (B, L, V)"""
         return self.head(self.hidden(tokens))
 
+    def cache(self, n):
+        """An empty KV cache with room for n tokens"""
+        return Cache(layers=[Keys(n) for _ in self.layers])
+
     @torch.no_grad()
-    def generate(self, tokens, n, temperature=0.0, top_k=None, seed=0):
-        """tokens (B, L) -> (B, L + n), arguments as in the student's generate. Keeps a KV cache."""
-        generator, out, cache = torch.Generator(tokens.device).manual_seed(seed), [tokens], None
+    def step(self, tokens, cache):
+        """tokens (B, L) after those in `cache`, which keeps them -> logits (B, V) of the next"""
+        return self.model(tokens, past_key_values=cache, use_cache=True,
+                          logits_to_keep=1).logits[:, -1]
+
+    @torch.no_grad()
+    def stream(self, prompts, n, temperature=0.0, top_k=None, seed=0):
+        """As the student's, with a KV cache: yields n times the next token of each prompt (B)."""
+        if not isinstance(prompts, torch.Tensor):       # a cache has one length: each has its own
+            alone = [self.stream(p[None], n, temperature, top_k, seed) for p in prompts]
+            yield from map(torch.cat, zip(*alone, strict=True))
+            return
+        generator = torch.Generator(prompts.device).manual_seed(seed)
+        cache, token = self.cache(prompts.shape[1] + n), prompts
         for _ in range(n):
-            answer = self.model(out[-1] if cache else tokens, past_key_values=cache,
-                                use_cache=True, logits_to_keep=1)
-            cache = answer.past_key_values
-            out.append(sample(answer.logits[:, -1], temperature, top_k, generator)[:, None])
-        return torch.cat(out, dim=1)
+            logits = self.step(token, cache)
+            token = sample(logits, temperature, top_k, generator)[:, None]
+            yield token[:, 0]
+
+    def generate(self, prompts, n, temperature=0.0, top_k=None, seed=0):
+        """Arguments and result as the student's."""
+        return extended(prompts, list(self.stream(prompts, n, temperature, top_k, seed)))
+
+
+class Keys(DynamicLayer):
+    """One layer's keys and values in room set aside: transformers would copy all at every token."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.n, self.length = n, 0
+
+    def update(self, k, v, *_, **__):
+        """k, v (B, G, L, P), the new ones -> all so far (B, G, T, P)"""
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
+            self.keys, self.values = (x.new_empty(*x.shape[:2], self.n, x.shape[3])
+                                      for x in (k, v))
+        start, self.length = self.length, self.length + k.shape[2]
+        self.keys[:, :, start:self.length] = k
+        self.values[:, :, start:self.length] = v
+        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+
+    def get_seq_length(self):
+        return self.length
 
 
 @torch.no_grad()
