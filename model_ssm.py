@@ -29,6 +29,7 @@ import os
 import shutil
 import socket
 import urllib.parse
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ssd_kernel import mixing_matrix, ssd, ssd_step
+from ssd_kernel import mixing_matrix, ssd, ssd_step, wide
 
 SILU_IS_ONE = 1.278464542761    # silu of this is 1: with this bias alone a gate is exactly open
 PREFILL = 2048                  # tokens of a prompt read at once, so memory is flat in its length
@@ -204,7 +205,7 @@ class Mamba2(nn.Module):
     def initial_state(self, B):
         c, like = self.config, self.in_proj.weight
         before = like.new_zeros(B, c.d_conv - 1, sum(self.sizes[:3]))
-        S = like.new_zeros(B, c.n_head, c.d_state, c.head_dim)
+        S = like.new_zeros(B, c.n_head, c.d_state, c.head_dim, dtype=wide(like.dtype))
         return before, S
 
 
@@ -330,7 +331,42 @@ def norm(config):
     return kind(config.d_model, eps=config.norm_eps)
 
 
-class SSM(nn.Module):
+class Writer:
+    """What student and teacher share: who can read a prompt and make a step can write a text."""
+
+    @torch.no_grad()
+    def stream(self, prompts, n, temperature=0.0, top_k=None, seed=0):
+        """Yields n times the next token of each prompt (B). Arguments as in generate."""
+        logits, state = self.read(prompts, n)
+        generator = torch.Generator(logits.device).manual_seed(seed)
+        token, step = None, self.stepper(state) if n > 1 else None
+        for i in range(n):
+            token = sample(step(token) if i else logits, temperature, top_k, generator)
+            yield token
+
+    def generate(self, prompts, n, temperature=0.0, top_k=None, seed=0):
+        """tokens (B, L) -> (B, L + n); or a list of B 1-D tensors -> each n longer
+
+        Each goes on as it would alone, whatever the others are. Greedy at temperature 0; else
+        sampled, from the top_k likeliest if given: equal prompts get equal text, another seed
+        another. The student's memory does not grow with n, but for a hybrid's attention layers.
+        """
+        drawn = list(self.stream(prompts, n, temperature, top_k, seed))             # n times (B)
+        if isinstance(prompts, torch.Tensor):
+            return torch.cat([prompts, *(token[:, None] for token in drawn)], dim=1)
+        return [torch.cat([prompt, *(token[i:i + 1] for token in drawn)])
+                for i, prompt in enumerate(prompts)]
+
+
+def lengths_of(prompts):
+    """The number of tokens of each, or UsageError: with no token nothing can go on"""
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) == 0:
+        raise UsageError("an empty prompt: give at least one token")
+    return lengths
+
+
+class SSM(nn.Module, Writer):
     """The language model.
 
     It answers the stages' three questions: matrix(i, u), block(i, u), logits(tokens).
@@ -426,16 +462,14 @@ class SSM(nn.Module):
         return self.head(h[:, -1]), state
 
     @torch.no_grad()
-    def read(self, prompts):
+    def read(self, prompts, n=None):
         """prompts: tokens (B, L), or a list of B 1-D tensors of any lengths
 
         -> logits (B, V) after the last token of each, state. In pieces: memory is flat in L, but
-        for a hybrid's attention layers.
+        for a hybrid's attention layers. n, how many tokens will be written, is the teacher's.
         """
-        if len(prompts) == 0 or min(map(len, prompts)) == 0:
-            raise UsageError("an empty prompt: give at least one token")
-        even = len(set(map(len, prompts))) == 1
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
+        lengths = torch.tensor(lengths_of(prompts), device=prompts[0].device)       # (B)
+        even = bool((lengths == lengths[0]).all())
         tokens = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)         # (B, L)
         state, last, rows = self.initial_state(len(tokens)), None, torch.arange(len(tokens))
         for start in range(0, tokens.shape[1], PREFILL):
@@ -482,25 +516,6 @@ class SSM(nn.Module):
             replay()
             return logits
         return step
-
-    @torch.no_grad()
-    def stream(self, prompts, n, temperature=0.0, top_k=None, seed=0):
-        """Yields n times the next token of each prompt (B). Arguments as in generate."""
-        logits, state = self.read(prompts)
-        generator = torch.Generator(logits.device).manual_seed(seed)
-        token, step = None, self.stepper(state) if n > 1 else None
-        for i in range(n):
-            token = sample(step(token) if i else logits, temperature, top_k, generator)
-            yield token
-
-    def generate(self, prompts, n, temperature=0.0, top_k=None, seed=0):
-        """tokens (B, L) -> (B, L + n); or a list of B 1-D tensors -> each n longer
-
-        Each goes on as it would alone, whatever the others are. Greedy at temperature 0; else
-        sampled, from the top_k likeliest if given: equal prompts get equal text, another seed
-        another. Memory does not grow with n, but for a hybrid's attention layers.
-        """
-        return extended(prompts, list(self.stream(prompts, n, temperature, top_k, seed)))
 
     # in and out ------------------------------------------------------------------
 
@@ -600,14 +615,6 @@ def sample(logits, temperature, top_k, generator):
     return (p / noise).argmax(-1)
 
 
-def extended(prompts, drawn):
-    """prompts as in generate, drawn: a list of tokens (B) -> both, in the form of prompts"""
-    if isinstance(prompts, torch.Tensor):
-        return torch.cat([prompts, *(token[:, None] for token in drawn)], dim=1)
-    return [torch.cat([prompt, *(token[i:i + 1] for token in drawn)])
-            for i, prompt in enumerate(prompts)]
-
-
 def captured(work):
     """work(), all of it on the GPU, as a CUDA graph -> replay, what work returned
 
@@ -621,8 +628,13 @@ def captured(work):
             work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    try:
+        with torch.cuda.graph(graph):
+            out = work()
+    except RuntimeError as error:       # slower, and as right
+        warnings.warn(f"steps without a CUDA graph: {first_line(error)}", stacklevel=2)
         out = work()
+        return lambda: out.copy_(work()), out
     return graph.replay, out
 
 

@@ -39,7 +39,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
-from model_ssm import UsageError, ask_hub, extended, first_line, sample
+from model_ssm import UsageError, Writer, ask_hub, first_line, lengths_of
 
 FAMILIES = ("phi", "llama", "mistral", "qwen2", "qwen3")
 TINY = Path("out/tiny-teacher")
@@ -103,20 +103,20 @@ def causal_attention(module, q, k, v, mask, scaling=None, sliding_window=None, d
     """
     caught.update(q=q, k=k, scale=scaling)
     (L, T), window = (q.shape[2], k.shape[2]), sliding_window or k.shape[2]
-    if L == T and window >= T:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-    else:
+    seen = None                                 # without a mask torch is faster
+    if window < T or 1 < L < T:
         distance = (torch.arange(T - L, T, device=q.device)[:, None]
                     - torch.arange(T, device=q.device))
         seen = (distance >= 0) & (distance < window)                                # (L, T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, enable_gqa=True)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None and L == T,
+                                       scale=scaling, enable_gqa=True)
     return y.transpose(1, 2).contiguous(), None                                     # (B, L, H, N)
 
 
 AttentionInterface.register("caught", causal_attention)
 
 
-class Teacher:
+class Teacher(Writer):
     """A frozen decoder. Every method takes and gives plain tensors and records no gradients.
 
     config: its Hugging Face configuration   name: what it was loaded from
@@ -240,9 +240,12 @@ class Teacher:
         """tokens (B, L) -> (B, L, V)"""
         return self.head(self.hidden(tokens))
 
-    def cache(self, n):
-        """An empty KV cache with room for n tokens"""
-        return Cache(layers=[Keys(n) for _ in self.layers])
+    @torch.no_grad()
+    def read(self, prompts, n=0):
+        """tokens (B, L) -> logits (B, V) after the last, a KV cache with room for n more"""
+        room = max(lengths_of(prompts)) + n
+        cache = Cache(layers=[Keys(room) for _ in self.layers])
+        return self.step(prompts, cache), cache
 
     @torch.no_grad()
     def step(self, tokens, cache):
@@ -250,23 +253,16 @@ class Teacher:
         return self.model(tokens, past_key_values=cache, use_cache=True,
                           logits_to_keep=1).logits[:, -1]
 
+    def stepper(self, cache):
+        """As the student's: a function token (B) -> logits (B, V) that keeps the state."""
+        return lambda token: self.step(token[:, None], cache)
+
     @torch.no_grad()
     def stream(self, prompts, n, temperature=0.0, top_k=None, seed=0):
-        """As the student's, with a KV cache: yields n times the next token of each prompt (B)."""
-        if not isinstance(prompts, torch.Tensor):       # a cache has one length: each has its own
-            alone = [self.stream(p[None], n, temperature, top_k, seed) for p in prompts]
-            yield from map(torch.cat, zip(*alone, strict=True))
-            return
-        generator = torch.Generator(prompts.device).manual_seed(seed)
-        cache, token = self.cache(prompts.shape[1] + n), prompts
-        for _ in range(n):
-            logits = self.step(token, cache)
-            token = sample(logits, temperature, top_k, generator)[:, None]
-            yield token[:, 0]
-
-    def generate(self, prompts, n, temperature=0.0, top_k=None, seed=0):
-        """Arguments and result as the student's."""
-        return extended(prompts, list(self.stream(prompts, n, temperature, top_k, seed)))
+        """As the student's; of a list each prompt by itself, since a cache has one length."""
+        rows = [prompts] if isinstance(prompts, torch.Tensor) else [p[None] for p in prompts]
+        streams = [super(Teacher, self).stream(row, n, temperature, top_k, seed) for row in rows]
+        yield from map(torch.cat, zip(*streams, strict=True))
 
 
 class Keys(DynamicLayer):

@@ -144,6 +144,11 @@ class Tokenizer:
         return [np.asarray(ids + [self.eot] * ends, self.dtype)
                 for ids, (_, ends) in zip(encoded, pieces, strict=True)]
 
+    def bytes_in(self, ids):
+        """How many bytes of text ids stand for: a document's end is none."""
+        ids = [i for i in ids if i != self.eot]
+        return len(self.tiktoken.decode_bytes(ids) if self.tiktoken else self.decode(ids).encode())
+
     def decode(self, ids):
         if self.hf is None:
             return self.tiktoken.decode(ids)
