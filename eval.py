@@ -298,8 +298,9 @@ def speed(args):
     else:
         about, folder, stage = open_run(args.run, args.stage)
         teacher, name = Teacher.load(args.teacher or about["teacher"], device, dtype), str(stage)
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    title = f"{name} | {device}, {where}, {dtype} | medians; peak with weights"
+    threads = torch.get_num_threads()
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{device}, threads: {threads}"
+    title = f"{name} | {where}, {str(dtype).removeprefix('torch.')} | medians; peak with weights"
     found = {"teacher": fastest(teacher, args.contexts, args.batch_sizes, device)}
     student = SSM.from_teacher(teacher) if args.random else SSM.from_pretrained(stage)
     del teacher                                                 # one at a time: large ones fit
@@ -359,16 +360,25 @@ def draw_matrices(path, title, rows, heads, signed=False):
     finish(plt, figure, path, title)
 
 
-def draw_lines(path, title, panels, marker="o", **scales):
-    """panels: {title: (x label, y label, {name: (x, y)})}; y on a log scale"""
-    plt, figure, axes = canvas(1, len(panels), 9, 3)
+def draw_lines(path, title, panels, marker="o", contexts=False):
+    """panels: {title: (x label, y label, {name: (x, y)})}; y on a log scale, contexts too"""
+    plt, figure, axes = canvas(1, len(panels), 9, 3.2)
+    ticker = plt.matplotlib.ticker
     for axis, (name, (x_label, y_label, lines)) in zip(axes[0], panels.items(), strict=True):
         for label, (x, y) in lines.items():
             axis.plot(x, y, marker=marker, markersize=3, linewidth=1.2, label=label)
-        axis.set(title=name, xlabel=x_label, ylabel=y_label, yscale="log", **scales)
-        axis.grid(alpha=0.3, which="both")
+        axis.set(title=name, xlabel=x_label, ylabel=y_label, yscale="log")
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        if contexts:
+            axis.set_xscale("log", base=4)
+        for numbers in (axis.yaxis, axis.xaxis) if contexts else (axis.yaxis,):
+            numbers.set_major_formatter(lambda x, _: f"{x:,.10g}")
+            numbers.set_minor_locator(ticker.NullLocator())
+        if marker and not contexts:
+            axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))          # layers
+        axis.grid(alpha=0.3)
     if len(lines) > 1:
-        axes[0, 0].legend(fontsize=8)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     finish(plt, figure, path, title)
 
 
@@ -402,7 +412,7 @@ def draw_speed(path, title, found):
         for name, key, unit, by in (("reading", "prefill", "tokens/s", 1),
                                     ("writing", "decode", "tokens/s", 1),
                                     ("memory", "peak", "peak MB, weights included", 1e6))},
-        xscale="log")
+        contexts=True)
 
 
 def pictures(args, run, was, teacher, data, windows):
