@@ -123,15 +123,18 @@ def sliding(text, context, stride):
 
 
 def pass_keys(tokenizer, distance, n, seed=0):
-    """n texts that tell a key of five digits and ask for it `distance` tokens later, 1-D tensors;
-    the key's tokens are their last. -> [(text, length of the key), ...]"""
+    """n texts that tell a key of five digits and ask for it `distance` tokens later
+
+    -> [(1-D tensor that ends with the key, how many tokens the digits are), ...]
+    """
     draw, texts = random.Random(seed), []
-    ask, filler = tokenizer.encode("The pass key is"), tokenizer.encode(FILLER)
+    ask, stop, space, filler = map(tokenizer.encode, ("The pass key is", ". ", " ", FILLER))
     for _ in range(n):
-        key, stop = (tokenizer.encode(x) for x in (f" {draw.randrange(10**4, 10**5)}", ". "))
+        key = tokenizer.encode(f" {draw.randrange(10**4, 10**5)}")
         between = max(0, distance - len(stop) - len(ask))
         between = (filler * (between // len(filler) + 1))[-between:] if between else []
-        texts.append((torch.tensor(ask + key + stop + between + ask + key), len(key)))
+        digits = len(key) - (key[:1] == space)          # a space by itself is no news
+        texts.append((torch.tensor(ask + key + stop + between + ask + key), digits))
     return texts
 
 
@@ -268,7 +271,8 @@ def pace(model, context, batch, device, steps=64):
     for _ in range(steps):
         timed(step, token)
     decode = statistics.median(times)
-    peak = memory(device) - before + sum(x.nbytes for x in model.model.parameters())
+    module = model if isinstance(model, SSM) else model.model
+    peak = memory(device) - before + sum(x.nbytes for x in module.parameters())
     return {"context": context, "batch": batch, "prefill": batch * context / prefill,
             "decode": batch / decode, "ms": 1e3 * decode, "state": held, "peak": peak}
 
@@ -349,7 +353,8 @@ def draw_matrices(path, title, rows, heads, signed=False):
              dict(cmap="magma", norm=colours.LogNorm(1e-3, 1)))
     for row, (name, found) in zip(axes, rows.items(), strict=True):
         for axis, matrix in zip(row, found, strict=True):
-            image = axis.imshow(matrix if signed else matrix.abs().clamp_min(1e-3), **scale)
+            shown = matrix if signed else matrix.abs().clamp_min(1e-3)
+            image = axis.imshow(shown.numpy(), **scale)
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(name, fontsize=9)
     for axis, (layer, head) in zip(axes[0], heads, strict=True):
@@ -390,7 +395,7 @@ def draw_losses(path, title, log):
         n = max(1, len(events) // 100)
         x, y = (torch.tensor([event[key] for event in events]).double().unfold(0, n, n).mean(1)
                 for key in ("tokens", "loss")) if events else ([], [])
-        panels[f"stage {stage}"] = "tokens, millions", unit, {"": (x / 1e6, y)} if events else {}
+        panels[f"stage {stage}"] = "tokens, millions", unit, {"": ((x / 1e6).numpy(), y.numpy())} if events else {}
     draw_lines(path, title, panels, marker="")
 
 

@@ -1746,8 +1746,8 @@ def test_a_model_that_copies_finds_every_key_and_one_that_guesses_none(distance)
     for text, n in texts:
         said = tokenizer.decode(text.tolist())
         told, asked = (m.end() for m in re.finditer(r"The pass key is \d{5}", said))
-        assert said[told - 5:told] == said[asked - 5:] and n == 6
-        assert asked - n - told == max(distance, len(". The pass key is"))
+        assert said[told - 5:told] == said[asked - 5:] and n == 5
+        assert asked - len(" 12345") - told == max(distance, len(". The pass key is"))
         keys.add(said[-5:])
     assert len(keys) == 4
 
@@ -1835,7 +1835,8 @@ def screen_after(said, high=24):
 
 def test_in_a_terminal_the_text_grows_and_ends_as_it_does_in_a_file(a_run, capsys, monkeypatch):
     command = [str(a_run), "--prompt", "def ", "--length", "60", "--temperature", "1.5"]
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((108, 8)))
+    monkeypatch.setattr(shutil, "get_terminal_size",
+                        lambda *_, **__: os.terminal_size((108, 8)))
     evaluation.main(command)
     piped = capsys.readouterr().out
     assert "\x1b" not in piped and "| layer" not in piped and "teacher  " in piped
