@@ -20,6 +20,7 @@ by position, by the distance of a key told once, and by how long both write the 
 It leaves out: downstream tasks.
 """
 import argparse
+import contextlib
 import ctypes
 import gc
 import importlib.util
@@ -325,66 +326,64 @@ def speed(args):
 # -----------------------------------------------------------------------------
 # pictures
 
-def canvas(rows, columns, width, height):
-    """-> matplotlib's pyplot, a figure, its axes (rows, columns)"""
+@contextlib.contextmanager
+def figure(path, title, rows, columns, width, height):
+    """Gives matplotlib's pyplot, a figure and its axes (rows, columns), and saves it at the end."""
     try:
         import matplotlib
     except ImportError as error:
         raise UsageError("pictures need matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    return plt, *plt.subplots(rows, columns, figsize=(width, height), squeeze=False,
-                              layout="constrained")
-
-
-def finish(plt, figure, path, title):
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    sheet, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False,
+                               layout="constrained")
+    yield plt, sheet, axes
+    sheet.suptitle(title, fontsize=10)
+    sheet.savefig(path, dpi=110)
+    plt.close(sheet)
     print(f"saved {path}")
 
 
 def draw_matrices(path, title, rows, heads, signed=False):
     """rows: {model: [a matrix (L, L) for each (layer, head) of heads]}; magnitudes on a log scale,
     or signed differences"""
-    plt, figure, axes = canvas(len(rows), len(heads), 2.1 * len(heads) + 0.9, 2.1 * len(rows) + 0.5)
-    colours = plt.matplotlib.colors
-    scale = (dict(cmap="RdBu_r", norm=colours.SymLogNorm(0.01, vmin=-1, vmax=1)) if signed else
-             dict(cmap="magma", norm=colours.LogNorm(1e-3, 1)))
-    for row, (name, found) in zip(axes, rows.items(), strict=True):
-        for axis, matrix in zip(row, found, strict=True):
-            shown = matrix if signed else matrix.abs().clamp_min(1e-3)
-            image = axis.imshow(shown.numpy(), **scale)
-            axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(name, fontsize=9)
-    for axis, (layer, head) in zip(axes[0], heads, strict=True):
-        axis.set_title(f"layer {layer}, head {head}", fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=0.6, extend="both",
-                    label="student's weight - teacher's, linear within 0.01, log beyond" if signed
-                    else "|weight of token j for token i|, log scale")
-    finish(plt, figure, path, title)
+    size = 2.1 * len(heads) + 0.9, 2.1 * len(rows) + 0.5
+    with figure(path, title, len(rows), len(heads), *size) as (plt, sheet, axes):
+        colours = plt.matplotlib.colors
+        scale = (dict(cmap="RdBu_r", norm=colours.SymLogNorm(0.01, vmin=-1, vmax=1)) if signed else
+                 dict(cmap="magma", norm=colours.LogNorm(1e-3, 1)))
+        for row, (name, found) in zip(axes, rows.items(), strict=True):
+            for axis, matrix in zip(row, found, strict=True):
+                shown = matrix if signed else matrix.abs().clamp_min(1e-3)
+                image = axis.imshow(shown.numpy(), **scale)
+                axis.set(xticks=[], yticks=[])
+            row[0].set_ylabel(name, fontsize=9)
+        for axis, (layer, head) in zip(axes[0], heads, strict=True):
+            axis.set_title(f"layer {layer}, head {head}", fontsize=9)
+        label = ("student's weight - teacher's, linear within 0.01, log beyond" if signed else
+                 "|weight of token j for token i|, log scale")
+        sheet.colorbar(image, ax=axes, shrink=0.6, extend="both", label=label)
 
 
 def draw_lines(path, title, panels, marker="o", contexts=False):
     """panels: {title: (x label, y label, {name: (x, y)})}; y on a log scale, contexts too"""
-    plt, figure, axes = canvas(1, len(panels), 9, 3.2)
-    ticker = plt.matplotlib.ticker
-    for axis, (name, (x_label, y_label, lines)) in zip(axes[0], panels.items(), strict=True):
-        for label, (x, y) in lines.items():
-            axis.plot(x, y, marker=marker, markersize=3, linewidth=1.2, label=label)
-        axis.set(title=name, xlabel=x_label, ylabel=y_label, yscale="log")
-        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        if contexts:
-            axis.set_xscale("log", base=4)
-        for numbers in (axis.yaxis, axis.xaxis) if contexts else (axis.yaxis,):
-            numbers.set_major_formatter(lambda x, _: f"{x:,.10g}")
-            numbers.set_minor_locator(ticker.NullLocator())
-        if marker and not contexts:
-            axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))          # layers
-        axis.grid(alpha=0.3)
-    if len(lines) > 1:
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    finish(plt, figure, path, title)
+    with figure(path, title, 1, len(panels), 9, 3.2) as (plt, sheet, axes):
+        ticker = plt.matplotlib.ticker
+        for axis, (name, (x_label, y_label, lines)) in zip(axes[0], panels.items(), strict=True):
+            for label, (x, y) in lines.items():
+                axis.plot(x, y, marker=marker, markersize=3, linewidth=1.2, label=label)
+            axis.set(title=name, xlabel=x_label, ylabel=y_label, yscale="log")
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            if contexts:
+                axis.set_xscale("log", base=4)
+            elif marker:
+                axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))      # layers
+            for numbers in (axis.yaxis, axis.xaxis)[:1 + contexts]:
+                numbers.set_major_formatter(lambda x, _: f"{x:,.10g}")
+                numbers.set_minor_locator(ticker.NullLocator())
+            axis.grid(alpha=0.3)
+        if len(lines) > 1:
+            sheet.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5)
 
 
 def draw_losses(path, title, log):
@@ -392,10 +391,10 @@ def draw_losses(path, title, log):
     panels = {}
     for stage, unit in ((1, "Frobenius distance"), (2, "L2 distance"), (3, "KL, nats a token")):
         events = [event for event in log if event["stage"] == f"stage {stage}"]
-        n = max(1, len(events) // 100)
-        x, y = (torch.tensor([event[key] for event in events]).double().unfold(0, n, n).mean(1)
-                for key in ("tokens", "loss")) if events else ([], [])
-        panels[f"stage {stage}"] = "tokens, millions", unit, {"": ((x / 1e6).numpy(), y.numpy())} if events else {}
+        parts = list(zip(*[iter(events)] * max(1, len(events) // 100), strict=False))
+        x, y = ([statistics.mean(e[key] for e in part) * by for part in parts]
+                for key, by in (("tokens", 1e-6), ("loss", 1)))
+        panels[f"stage {stage}"] = "tokens, millions", unit, {"": (x, y)}
     draw_lines(path, title, panels, marker="")
 
 
