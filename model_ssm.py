@@ -29,6 +29,7 @@ import os
 import shutil
 import socket
 import urllib.parse
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -38,10 +39,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ssd_kernel import mixing_matrix, ssd, ssd_step
+from ssd_kernel import mixing_matrix, ssd, ssd_step, wide
 
 SILU_IS_ONE = 1.278464542761    # silu of this is 1: with this bias alone a gate is exactly open
 PREFILL = 2048                  # tokens of a prompt read at once, so memory is flat in its length
+NEVER = 2**30                   # the position of padding: later than any token, so none looks at it
 
 
 class UsageError(Exception):
@@ -122,8 +124,9 @@ class GatedMLP(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# the mixers: forward(h, state) -> (output, next state)
+# the mixers: forward(h, state, real) -> (output, next state)
 # state None: the text begins here, and nothing is kept
+# real (B, L): False where a row is padding, which leaves no trace in the state; None: all is text
 
 def causal_conv(x, weight, bias, before=None):
     """y_t = bias + sum_i weight[:, 0, i] x_(t - K + 1 + i), each channel by itself.
@@ -133,6 +136,8 @@ def causal_conv(x, weight, bias, before=None):
     """
     K = weight.shape[-1]
     x = F.pad(x, (0, 0, K - 1, 0)) if before is None else torch.cat([before, x], dim=1)
+    if x.shape[1] == K:             # one output: conv1d would prepare for longer than it computes
+        return (x * weight[:, 0].mT.to(x.dtype)).sum(1, keepdim=True) + bias.to(x.dtype)
     y = F.conv1d(x.transpose(1, 2), weight.to(x.dtype), bias.to(x.dtype), groups=x.shape[-1])
     return y.transpose(1, 2)
 
@@ -177,13 +182,15 @@ class Mamba2(nn.Module):
         a = -F.softplus(A_log.float() if A_log.dtype != torch.float64 else A_log)
         return q, k, v.unflatten(-1, (c.n_head, c.head_dim)), a, z, vkq
 
-    def forward(self, h, state=None):
+    def forward(self, h, state=None, real=None):
         """h (B, L, D) -> (B, L, D)
 
         state: (last K - 1 inputs of the conv, S (B, H, N, P)), of constant size
         """
         before, S = state or (None, None)
         q, k, v, a, z, vkq = self.project(h, before)
+        if real is not None:                        # padding writes nothing and forgets nothing
+            k, a = k * real[..., None, None], a * real[..., None]
         if S is None:
             y = ssd(q, k, v, a)
         elif h.shape[1] == 1:
@@ -193,13 +200,25 @@ class Mamba2(nn.Module):
             y, S = ssd(q, k, v, a, initial_state=S, return_final_state=True)
         y = y + self.D.to(v.dtype)[:, None] * v                                     # (B, L, H, P)
         y = self.out_proj(y.flatten(-2) * F.silu(z + self.z_bias.to(z.dtype)))      # (B, L, D)
-        return y, state and (torch.cat([before, vkq], dim=1)[:, -before.shape[1]:], S)
+        return y, state and (last_inputs(before, vkq, real), S)
 
     def initial_state(self, B):
         c, like = self.config, self.in_proj.weight
         before = like.new_zeros(B, c.d_conv - 1, sum(self.sizes[:3]))
-        S = like.new_zeros(B, c.n_head, c.d_state, c.head_dim)
+        S = like.new_zeros(B, c.n_head, c.d_state, c.head_dim, dtype=wide(like.dtype))
         return before, S
+
+
+def last_inputs(before, vkq, real):
+    """What the conv needs of each row from here on: before (B, K - 1, C), vkq (B, L, C)
+
+    -> (B, K - 1, C), the last ones that are no padding
+    """
+    seen, K_1 = torch.cat([before, vkq], dim=1), before.shape[1]
+    if real is None:
+        return seen[:, -K_1:]
+    at = real.sum(1, keepdim=True) + torch.arange(K_1, device=real.device)          # (B, K - 1)
+    return seen.gather(1, at[..., None].expand(-1, -1, seen.shape[-1]))
 
 
 class Attention(nn.Module):
@@ -219,40 +238,48 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(self, h, state=None):
-        """h (B, L, D) -> (B, L, D). state: all keys and values so far; it grows with the text."""
+    def forward(self, h, state=None, real=None):
+        """h (B, L, D) -> (B, L, D)
+
+        state: all keys and values so far, and their positions; it grows with the text
+        """
         (B, L, _), c = h.shape, self.config
         q, k, v = (proj(h).view(B, L, -1, c.head_dim).transpose(1, 2)       # (B, H or G, L, P)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        past = 0 if state is None else state[0].shape[2]
-        q, k = rotate(q, past, c.inv_freq), rotate(k, past, c.inv_freq)
+        here = positions = torch.arange(L, device=h.device)[None]           # (1 or B, L)
         if state is not None:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(state, (k, v), strict=True))
-            state = k, v
-        distance = (torch.arange(past, past + L, device=h.device)[:, None]
-                    - torch.arange(past + L, device=h.device))
-        seen = (distance >= 0) & (distance < (c.window or past + L))        # (L, past + L)
-        plain = past == 0 and (c.window or L) >= L                          # torch is faster then
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if plain else seen,
+            *kept, before = state
+            here = here + (before < NEVER).sum(1, keepdim=True)
+            if real is not None:
+                here = here.where(real, NEVER)
+            positions = torch.cat([before.expand(len(here), -1), here], dim=1)  # (1 or B, T)
+        q, k = rotate(q, here, c.inv_freq), rotate(k, here, c.inv_freq)
+        if state is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(kept, (k, v), strict=True))
+            state = k, v, positions
+        plain = k.shape[2] == L and (c.window or L) >= L and real is None   # torch is faster then
+        if not plain:
+            distance = here[:, :, None] - positions[:, None, :]
+            seen = (distance >= 0) & (distance < (c.window or NEVER))       # (1 or B, L, T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if plain else seen[:, None],
                                            is_causal=plain, enable_gqa=True)
         return self.dense(y.transpose(1, 2).flatten(-2)), state
 
     def initial_state(self, B):
         empty = self.q_proj.weight.new_zeros(B, self.config.n_kv_head, 0, self.config.head_dim)
-        return empty, empty
+        return empty, empty, torch.empty(1, 0, dtype=torch.long, device=empty.device)
 
 
-def rotate(x, past, inv_freq):
-    """Rotary embedding of x (B, H, L, P).
+def rotate(x, position, inv_freq):
+    """Rotary embedding of x (B, H, L, P) at position (1 or B, L).
 
     Channels i and i + R/2 of the first R turn by position * inv_freq[i].
     """
     # fp32 frequencies and products, like the teacher's, else positions drift apart from its own
-    position = torch.arange(past, past + x.shape[2], device=x.device, dtype=torch.float32)
     frequency = torch.tensor(inv_freq, device=x.device, dtype=torch.float32)
-    angle = torch.outer(position, frequency)                                        # (L, R/2)
+    angle = (position.float()[..., None] * frequency)[:, None]                      # (., 1, L, R/2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second, rest = x.split([len(inv_freq)] * 2 + [x.shape[-1] - 2 * len(inv_freq)], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
@@ -265,8 +292,8 @@ class AttentionMixer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config)
 
-    def forward(self, h, state=None):
-        return self.self_attn(h, state)
+    def forward(self, h, state=None, real=None):
+        return self.self_attn(h, state, real)
 
     def initial_state(self, B):
         return self.self_attn.initial_state(B)
@@ -285,10 +312,10 @@ class Block(nn.Module):
             self.post_attention_layernorm = norm(config)
         self.mlp = MLP(config) if self.parallel else GatedMLP(config)
 
-    def forward(self, u, state=None):
+    def forward(self, u, state=None, real=None):
         """u (B, L, D) -> the next layer's u (B, L, D), and the mixer's next state"""
         h = self.input_layernorm(u)
-        mixed, state = self.mixer(h, state)
+        mixed, state = self.mixer(h, state, real)
         if self.parallel:
             return u + mixed + self.mlp(h), state
         u = u + mixed
@@ -304,7 +331,42 @@ def norm(config):
     return kind(config.d_model, eps=config.norm_eps)
 
 
-class SSM(nn.Module):
+class Writer:
+    """What student and teacher share: who can read a prompt and make a step can write a text."""
+
+    @torch.no_grad()
+    def stream(self, prompts, n, temperature=0.0, top_k=None, seed=0):
+        """Yields n times the next token of each prompt (B). Arguments as in generate."""
+        logits, state = self.read(prompts, n)
+        generator = torch.Generator(logits.device).manual_seed(seed)
+        token, step = None, self.stepper(state) if n > 1 else None
+        for i in range(n):
+            token = sample(step(token) if i else logits, temperature, top_k, generator)
+            yield token
+
+    def generate(self, prompts, n, temperature=0.0, top_k=None, seed=0):
+        """tokens (B, L) -> (B, L + n); or a list of B 1-D tensors -> each n longer
+
+        Each goes on as it would alone, whatever the others are. Greedy at temperature 0; else
+        sampled, from the top_k likeliest if given: equal prompts get equal text, another seed
+        another. The student's memory does not grow with n, but for a hybrid's attention layers.
+        """
+        drawn = list(self.stream(prompts, n, temperature, top_k, seed))             # n times (B)
+        if isinstance(prompts, torch.Tensor):
+            return torch.cat([prompts, *(token[:, None] for token in drawn)], dim=1)
+        return [torch.cat([prompt, *(token[i:i + 1] for token in drawn)])
+                for i, prompt in enumerate(prompts)]
+
+
+def lengths_of(prompts):
+    """The number of tokens of each, or UsageError: with no token nothing can go on"""
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) == 0:
+        raise UsageError("an empty prompt: give at least one token")
+    return lengths
+
+
+class SSM(nn.Module, Writer):
     """The language model.
 
     It answers the stages' three questions: matrix(i, u), block(i, u), logits(tokens).
@@ -380,14 +442,17 @@ class SSM(nn.Module):
     def initial_state(self, B):
         return [layer.mixer.initial_state(B) for layer in self.layers]
 
-    def prefill(self, tokens, state):
-        """tokens (B, L) after `state` -> final hidden (B, L, D), next state. In parallel over L."""
+    def prefill(self, tokens, state, real=None):
+        """tokens (B, L) after `state` -> final hidden (B, L, D), next state. In parallel over L.
+
+        real (B, L): False where a row is padding, on the right
+        """
         u, after = self.backbone["embedding"](tokens), []
         for layer, before in zip(self.layers, state or [None] * len(self.layers), strict=True):
             if self.recompute and torch.is_grad_enabled():
-                u, kept = checkpoint(layer, u, before, use_reentrant=False)
+                u, kept = checkpoint(layer, u, before, real, use_reentrant=False)
             else:
-                u, kept = layer(u, before)
+                u, kept = layer(u, before, real)
             after.append(kept)
         return self.backbone["final_layernorm"](u), after
 
@@ -397,24 +462,60 @@ class SSM(nn.Module):
         return self.head(h[:, -1]), state
 
     @torch.no_grad()
-    def generate(self, tokens, n, temperature=0.0, top_k=None, seed=0):
-        """tokens (B, L) -> (B, L + n)
+    def read(self, prompts, n=None):
+        """prompts: tokens (B, L), or a list of B 1-D tensors of any lengths
 
-        Greedy at temperature 0; else sampled, from the top_k likeliest if given. Memory does not
-        grow with n, but for a hybrid's attention layers.
+        -> logits (B, V) after the last token of each, state. In pieces: memory is flat in L, but
+        for a hybrid's attention layers. n, how many tokens will be written, is the teacher's.
         """
-        if tokens.shape[1] == 0:
-            raise UsageError("an empty prompt: give at least one token")
-        generator = torch.Generator(tokens.device).manual_seed(seed)
-        state, out = self.initial_state(len(tokens)), [tokens]
-        for piece in tokens.split(PREFILL, dim=1):
-            h, state = self.prefill(piece, state)
-        logits = self.head(h[:, -1])
-        for _ in range(n):
-            token = sample(logits, temperature, top_k, generator)                   # (B)
-            out.append(token[:, None])
-            logits, state = self.step(token, state)
-        return torch.cat(out, dim=1)
+        lengths = torch.tensor(lengths_of(prompts), device=prompts[0].device)       # (B)
+        even = bool((lengths == lengths[0]).all())
+        tokens = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)         # (B, L)
+        state, last, rows = self.initial_state(len(tokens)), None, torch.arange(len(tokens))
+        for start in range(0, tokens.shape[1], PREFILL):
+            piece = tokens[:, start:start + PREFILL]
+            n, left = piece.shape[1], lengths - start       # left: of each prompt, <= 0 at its end
+            real = None if even else torch.arange(n, device=left.device) < left[:, None]
+            h, state = self.prefill(piece, state, real)
+            ends = h[rows, left.clamp(1, n) - 1]                                    # (B, D)
+            last = ends if last is None else ends.where((left > 0)[:, None], last)
+        return self.head(last), state
+
+    def stepper(self, state, capture=None):
+        """-> a function: token (B) -> logits (B, V), good until the next call. It keeps the state.
+
+        capture: how to make one launch of a step, on a GPU `captured`. A state that grows, as a
+        hybrid's does, is another step each time, and is not captured.
+        """
+        if capture is None and state[0][0].is_cuda and not self.config.attn_layers:
+            capture = captured
+        if capture is None:
+            def step(token):
+                nonlocal state
+                logits, state = self.step(token, state)
+                return logits
+            return step
+        held = [[x.clone() for x in layer] for layer in state]          # the graph's own state
+        token_in = torch.zeros(len(held[0][0]), dtype=torch.long, device=held[0][0].device)
+
+        def put(new):
+            for ours, theirs in zip(held, new, strict=True):
+                for x, y in zip(ours, theirs, strict=True):
+                    x.copy_(y)
+
+        def work():
+            logits, after = self.step(token_in, held)
+            put(after)
+            return logits
+
+        replay, logits = capture(work)
+        put(state)                                                      # capturing moved it on
+
+        def step(token):
+            token_in.copy_(token)
+            replay()
+            return logits
+        return step
 
     # in and out ------------------------------------------------------------------
 
@@ -508,7 +609,33 @@ def sample(logits, temperature, top_k, generator):
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     p = (logits.float() / temperature).softmax(-1)
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
+    # p over exponential noise is largest at a draw from p. The rows share the noise, so what one
+    # draws does not depend on how many others there are.
+    noise = torch.empty_like(p[0]).exponential_(generator=generator)                # (V)
+    return (p / noise).argmax(-1)
+
+
+def captured(work):
+    """work(), all of it on the GPU, as a CUDA graph -> replay, what work returned
+
+    A step of a small batch is hundreds of kernels that take less time than their launches.
+    replay() is one launch; it reads and writes the tensors that work did.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):              # Triton compiles and cuBLAS chooses, which no graph may do
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            out = work()
+    except RuntimeError as error:       # slower, and as right
+        warnings.warn(f"steps without a CUDA graph: {first_line(error)}", stacklevel=2)
+        out = work()
+        return lambda: out.copy_(work()), out
+    return graph.replay, out
 
 
 def ask_hub():

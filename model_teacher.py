@@ -37,13 +37,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
-from model_ssm import UsageError, ask_hub, first_line, sample
+from model_ssm import UsageError, Writer, ask_hub, first_line, lengths_of
 
 FAMILIES = ("phi", "llama", "mistral", "qwen2", "qwen3")
 TINY = Path("out/tiny-teacher")
@@ -107,20 +109,20 @@ def causal_attention(module, q, k, v, mask, scaling=None, sliding_window=None, d
     """
     caught.update(q=q, k=k, scale=scaling)
     (L, T), window = (q.shape[2], k.shape[2]), sliding_window or k.shape[2]
-    if L == T and window >= T:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-    else:
+    seen = None                                 # without a mask torch is faster
+    if window < T or 1 < L < T:
         distance = (torch.arange(T - L, T, device=q.device)[:, None]
                     - torch.arange(T, device=q.device))
         seen = (distance >= 0) & (distance < window)                                # (L, T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, enable_gqa=True)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None and L == T,
+                                       scale=scaling, enable_gqa=True)
     return y.transpose(1, 2).contiguous(), None                                     # (B, L, H, N)
 
 
 AttentionInterface.register("caught", causal_attention)
 
 
-class Teacher:
+class Teacher(Writer):
     """A frozen decoder. Every method takes and gives plain tensors and records no gradients.
 
     config: its Hugging Face configuration   name: what it was loaded from
@@ -245,15 +247,50 @@ class Teacher:
         return self.head(self.hidden(tokens))
 
     @torch.no_grad()
-    def generate(self, tokens, n, temperature=0.0, top_k=None, seed=0):
-        """tokens (B, L) -> (B, L + n), arguments as in the student's generate. Keeps a KV cache."""
-        generator, out, cache = torch.Generator(tokens.device).manual_seed(seed), [tokens], None
-        for _ in range(n):
-            answer = self.model(out[-1] if cache else tokens, past_key_values=cache,
-                                use_cache=True, logits_to_keep=1)
-            cache = answer.past_key_values
-            out.append(sample(answer.logits[:, -1], temperature, top_k, generator)[:, None])
-        return torch.cat(out, dim=1)
+    def read(self, prompts, n=0):
+        """tokens (B, L) -> logits (B, V) after the last, a KV cache with room for n more"""
+        room = max(lengths_of(prompts)) + n
+        cache = Cache(layers=[Keys(room) for _ in self.layers])
+        return self.step(prompts, cache), cache
+
+    @torch.no_grad()
+    def step(self, tokens, cache):
+        """tokens (B, L) after those in `cache`, which keeps them -> logits (B, V) of the next"""
+        return self.model(tokens, past_key_values=cache, use_cache=True,
+                          logits_to_keep=1).logits[:, -1]
+
+    def stepper(self, cache):
+        """As the student's: a function token (B) -> logits (B, V) that keeps the state."""
+        return lambda token: self.step(token[:, None], cache)
+
+    @torch.no_grad()
+    def stream(self, prompts, n, temperature=0.0, top_k=None, seed=0):
+        """As the student's; of a list each prompt by itself, since a cache has one length."""
+        rows = [prompts] if isinstance(prompts, torch.Tensor) else [p[None] for p in prompts]
+        streams = [super(Teacher, self).stream(row, n, temperature, top_k, seed) for row in rows]
+        yield from map(torch.cat, zip(*streams, strict=True))
+
+
+class Keys(DynamicLayer):
+    """One layer's keys and values in room set aside: transformers would copy all at every token."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.n, self.length = n, 0
+
+    def update(self, k, v, *_, **__):
+        """k, v (B, G, L, P), the new ones -> all so far (B, G, T, P)"""
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
+            self.keys, self.values = (x.new_empty(*x.shape[:2], self.n, x.shape[3])
+                                      for x in (k, v))
+        start, self.length = self.length, self.length + k.shape[2]
+        self.keys[:, :, start:self.length] = k
+        self.values[:, :, start:self.length] = v
+        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+
+    def get_seq_length(self):
+        return self.length
 
 
 @torch.no_grad()
@@ -384,6 +421,11 @@ class Tokenizer:
         encoded = self.encode_batch([text for text, _ in pieces])
         return [np.asarray(ids + [self.eot] * ends, self.dtype)
                 for ids, (_, ends) in zip(encoded, pieces, strict=True)]
+
+    def bytes_in(self, ids):
+        """How many bytes of text ids stand for: a document's end is none."""
+        ids = [i for i in ids if i != self.eot]
+        return len(self.tiktoken.decode_bytes(ids) if self.tiktoken else self.decode(ids).encode())
 
     def decode(self, ids):
         if self.hf is None:

@@ -24,6 +24,7 @@ import os
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,7 @@ if not torch.cuda.is_available() and __name__ != "__main__":
 
 import distill
 import eval as evaluation
+import model_ssm
 import model_teacher
 import prepare
 import ssd_kernel
@@ -589,7 +591,8 @@ def test_a_prompt_read_in_pieces_leaves_the_state_that_steps_leave(L):
         for piece in tokens.split(20, dim=1):
             _, pieces = student.prefill(piece, pieces)
     for one, other in zip(state, pieces, strict=True):
-        assert all(rel(x, y) < 1e-10 for x, y in zip(one, other, strict=True))
+        assert all(torch.equal(x, y) or rel(x, y) < 1e-10
+                   for x, y in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("attn_layers", [(), (0, 2)])
@@ -605,6 +608,77 @@ def test_generate_chooses_what_the_parallel_form_would(attn_layers):
     with torch.no_grad():                       # never a token outside the five likeliest
         best = student.logits(drawn[0])[:, 8:-1].topk(5).indices
     assert (best == drawn[0][:, 9:, None]).any(-1).all()
+
+
+def prompts_of_unequal_lengths():
+    return [some_tokens(1, L, seed=L)[0] for L in (1, 200, 5, 65, 63, 64)]
+
+
+@pytest.mark.parametrize("sampling", [{}, dict(temperature=1.0, top_k=20, seed=3)])
+@pytest.mark.parametrize("name, attn_layers", [
+    ("phi", ()), ("phi", (1,)), ("phi", "all"), ("mistral, window 8", (0, 2)), ("llama", (2,))])
+def test_a_prompt_among_others_goes_on_as_it_would_alone(
+        name, attn_layers, sampling, monkeypatch):
+    # In fp64 no two logits are so near that the order of a sum decides. Pieces of 64: the longest
+    # prompt is read in four, others end before a piece, at its end, or inside.
+    monkeypatch.setattr(model_ssm, "PREFILL", 64)
+    teacher = Teacher(random_model(name).double(), name)
+    student, prompts = SSM.from_teacher(teacher, attn_layers).double(), prompts_of_unequal_lengths()
+    for model in (student, teacher):
+        together = model.generate(prompts, 20, **sampling)
+        alone = [model.generate(prompt[None], 20, **sampling)[0] for prompt in prompts]
+        assert list(map(len, together)) == [len(prompt) + 20 for prompt in prompts]
+        assert all(map(torch.equal, together, alone))
+        assert len({tuple(row[-20:].tolist()) for row in together}) == 6    # the ruler has teeth
+
+
+def test_padding_is_seen_by_no_one(monkeypatch):
+    student, prompts = SSM.from_teacher(random_teacher(), (1,)), prompts_of_unequal_lengths()
+    monkeypatch.setattr(model_ssm, "PREFILL", 64)
+    logits, state = student.read(prompts)
+    pad_with = torch.nn.utils.rnn.pad_sequence
+    monkeypatch.setattr(torch.nn.utils.rnn, "pad_sequence",
+                        lambda rows, batch_first: pad_with(rows, batch_first, padding_value=9))
+    others, _ = student.read(prompts)
+    assert torch.equal(logits, others)
+    S, (k, _, positions) = state[0][1], state[1]
+    assert S.shape == (6, 4, 8, 8) and k.shape[2] == positions.shape[1] == 200
+    assert ((positions < model_ssm.NEVER).sum(1) == torch.tensor([1, 200, 5, 65, 63, 64])).all()
+
+
+def test_sampling_draws_by_the_probabilities():
+    logits, drawn = torch.tensor([[0.0, 1.0, 2.0, 3.0]]), torch.zeros(4)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4000):
+        drawn[model_ssm.sample(logits, 0.5, None, generator)] += 1
+    # 4,000 draws of a share p scatter by sqrt(p (1 - p) / 4,000), at most 0.008
+    assert (drawn / 4000 - (logits[0] / 0.5).softmax(-1)).abs().max() < 4 * 0.008
+    top = {model_ssm.sample(logits, 5.0, 2, generator).item() for _ in range(100)}
+    assert top == {2, 3}
+
+
+def test_a_captured_step_is_the_step():
+    # The graph itself needs a GPU. Here the same buffers are replayed in Python: `capture` runs
+    # the work a few times, as a capture does, and keeps one output tensor.
+    student, tokens = SSM.from_teacher(random_teacher()), some_tokens(3, 30)
+
+    def capture(work):
+        for _ in range(3):
+            out = work()
+        return (lambda: out.copy_(work())), out
+
+    with torch.no_grad():
+        _, state = student.read(tokens)
+        plain, graph = student.stepper(state), student.stepper(state, capture)
+        for token in some_tokens(3, 10, seed=1).T:
+            assert rel(graph(token), plain(token)) < 1e-6
+        if torch.cuda.is_available():
+            student.cuda()
+            _, state = student.read(tokens.cuda())
+            graph = student.stepper(state)
+            for token in some_tokens(3, 10, seed=1).T.cuda():
+                want, state = student.step(token, state)
+                assert rel(graph(token), want) < 1e-5
 
 
 def test_the_state_of_a_pure_student_does_not_grow():
@@ -818,9 +892,10 @@ def test_the_teacher_is_causal(name):
 
 
 def test_the_teachers_cached_generation_is_greedy_decoding():
-    teacher = random_teacher()
-    out = teacher.generate(some_tokens(L=9), 20)
-    assert torch.equal(teacher.logits(out)[:, 8:-1].argmax(-1), out[:, 9:])
+    for name in ("phi", "llama", "mistral, window 8"):
+        teacher = random_teacher(name)
+        out = teacher.generate(some_tokens(L=9), 20)
+        assert torch.equal(teacher.logits(out)[:, 8:-1].argmax(-1), out[:, 9:])
 
 
 def test_a_fingerprint_knows_its_teacher_in_any_dtype(teacher_folder):
@@ -1651,17 +1726,193 @@ def test_a_stream_distils_as_shards_in_its_order_would(tmp_path, teacher_folder)
     evaluation.main([str(tmp_path / "run"), "--eval_tokens", "512", "--length", "5"])
 
 
-def test_eval_prints_its_tables_samples_and_picture(a_run, capsys):
-    evaluation.main([str(a_run), "--eval_tokens", "512", "--length", "20",
-                     "--picture", str(a_run / "picture.png"), "--picture_tokens", "16"]
-                    if importlib.util.find_spec("matplotlib") else
-                    [str(a_run), "--eval_tokens", "512", "--length", "20"])
+@pytest.fixture
+def its_copy(a_run, tmp_path):
+    """Of a run, for programs that write into its folder"""
+    return Path(shutil.copytree(a_run, tmp_path / "a_copy"))
+
+
+def test_eval_prints_its_tables_and_samples(a_run, capsys):
+    evaluation.main([str(a_run), "--eval_tokens", "512", "--length", "20"])
     said = capsys.readouterr().out
-    assert len(re.findall(r"^\| +[012] \| +[\d.]+% \| +[\d.]+% \| +[\d.]+% \|$", said, re.M)) == 3
+    assert len(re.findall(r"^\| [012] +\| +[\d.]+% \| +[\d.]+% \| +[\d.]+% \|$", said, re.M)) == 3
+    for row in ("1-4", "65-128", "4", "128"):       # contexts, tokens ago: of 32, to four times it
+        assert re.search(rf"^\| {row} +\| ", said, re.M), row
+    assert len(re.findall(r"^\| teacher \| +[\d.]+ \| +[\d.]+ \| +[\d.]+ \|$", said, re.M)) == 1
     assert re.search(r"^teacher +\| student$", said, re.M)
-    if importlib.util.find_spec("matplotlib"):
-        assert (a_run / "picture.png").read_bytes().startswith(b"\x89PNG")
-        (a_run / "picture.png").unlink()
+
+
+def test_perplexity_by_a_sliding_window_is_that_of_one_token_after_the_other():
+    teacher, student, text = random_teacher(), random_teacher(seed=1), some_tokens(2, 41)
+    pieces, counted = evaluation.sliding(text, 16, 8)
+    got = evaluation.by_position(student, teacher, pieces)[:2, counted]
+    want = torch.zeros(2, dtype=torch.double)
+    for row in text:
+        for t in range(1, 41):              # the window that predicts token t begins at a whole
+            start = max(0, -(-(t - 16) // 8)) * 8       # stride and has it among its 16
+            for n, model in enumerate((teacher, student)):
+                p = model.logits(row[None, start:t])[0, -1].double().log_softmax(-1)
+                want[n] -= p[row[t]]
+    assert counted.sum() == 80              # each token once, but the first, which nothing predicts
+    assert rel(got.double().sum(1), want) < 1e-5
+    wrong = evaluation.by_position(student, teacher, pieces)[:2, ~counted].double().sum(1)
+    assert rel(wrong, want) > 0.1           # the ruler has teeth
+
+
+def test_scores_by_position_are_exact_for_the_teacher_itself_and_agree_with_compare():
+    teacher, student, windows = random_teacher(), random_teacher(seed=1), some_tokens(5, 33)
+    loss, same, kl, top1 = evaluation.by_position(teacher, teacher, windows)
+    assert torch.equal(loss, same) and (kl == 0).all() and (top1 == 1).all()
+    got = evaluation.by_position(student, teacher, windows).double().mean((1, 2))
+    want = model_teacher.compare(student, teacher, windows)
+    for value, name in zip(got[1:], ("loss", "kl", "top1"), strict=True):
+        assert value == pytest.approx(want[name], rel=1e-4)
+
+
+class Copier:
+    """Predicts what followed the last place that reads most like the end of the text so far."""
+
+    def hidden(self, tokens):
+        rows = []
+        for t in range(1, tokens.shape[1] + 1):
+            text = tokens[0, :t].tolist()
+
+            def alike(j, text=text):
+                return next((n for n in range(8) if j - n < 0 or text[j - n] != text[-1 - n]), 8)
+            best = max(range(t - 1), key=lambda j, f=alike: (f(j), j), default=0)
+            rows.append(text[best + 1] if best + 1 < t else 0)
+        return torch.nn.functional.one_hot(torch.tensor(rows), 257)[None].float()
+
+    def head(self, h):
+        return 100 * h
+
+
+class Guesser(Copier):
+    def head(self, h):
+        return 0 * h
+
+
+@pytest.mark.parametrize("distance", [0, 40, 150])
+def test_a_model_that_copies_finds_every_key_and_one_that_guesses_none(distance):
+    tokenizer = Tokenizer("bytes")
+    texts = evaluation.pass_keys(tokenizer, distance, 4)
+    assert evaluation.retrieval(Copier(), texts, "cpu") == (1, 1)
+    right, probability = evaluation.retrieval(Guesser(), texts, "cpu")
+    assert right < 0.2 and probability == pytest.approx(1 / 257)
+    keys = set()
+    for text, n in texts:
+        said = tokenizer.decode(text.tolist())
+        told, asked = (m.end() for m in re.finditer(r"The pass key is \d{5}", said))
+        assert said[told - 5:told] == said[asked - 5:] and n == 5
+        assert asked - len(" 12345") - told == max(distance, len(". The pass key is"))
+        keys.add(said[-5:])
+    assert len(keys) == 4
+
+
+def test_agreement_counts_the_tokens_until_two_texts_differ():
+    class Says:
+        def __init__(self, *rows):
+            self.rows = torch.tensor(rows)
+
+        def generate(self, prompts, n):
+            return torch.cat([prompts, self.rows], 1)
+
+    until, equal = evaluation.agreement(Says([1, 2, 3, 4], [1, 2, 3, 4]),
+                                        Says([1, 2, 0, 4], [1, 2, 3, 4]), some_tokens(2, 5), 4)
+    assert until.tolist() == [2, 4] and equal.tolist() == [0.75, 1]
+    teacher = random_teacher()
+    assert evaluation.agreement(teacher, teacher, some_tokens(2, 5), 9)[0].tolist() == [9, 9]
+
+
+def test_bytes_of_tokens_are_those_of_the_text(teacher_folder):
+    text = "naïve — 3.14\n"
+    for tokenizer in (Tokenizer("bytes"), Tokenizer(str(teacher_folder))):
+        ids = tokenizer.encode(text)
+        assert tokenizer.bytes_in(ids + [tokenizer.eot]) == len(text.encode())
+    assert Tokenizer("bytes").bytes_in(ids[2:3]) == 1       # half a letter
+
+
+def test_speed_measures_both_and_keeps_what_it_found(its_copy, capsys):
+    evaluation.main([str(its_copy), "--speed", "--contexts", "64", "16", "--batch_sizes", "1", "3"])
+    said = capsys.readouterr().out
+    rows = re.findall(r"^\| (\d+) +\| (teacher|student) \| +[13] \|(.+)\|$", said, re.M)
+    assert [row[:2] for row in rows] == [("16", "teacher"), ("16", "student"),
+                                         ("64", "teacher"), ("64", "student")]
+    found = json.loads((its_copy / "speed.json").read_text())
+    assert found["title"].startswith(str(its_copy / "stage3"))
+    def state(model, batch, context):
+        row, = (x for x in found[model] if x["context"] == context)
+        return row["state"] / row["batch"]
+    # 3 layers; keys and values of 4 heads of 8 for each token, and for the 64 + 8 to be written
+    assert state("teacher", 1, 64) == 3 * 2 * 4 * 8 * (64 + 72) * 4
+    # 3 layers; 3 inputs of a conv of 3 x 32 channels, 4 states of 8 x 8
+    assert state("student", 1, 64) == state("student", 1, 16) == 3 * (3 * 96 + 4 * 64) * 4
+    for row in found["teacher"] + found["student"]:
+        assert row["decode"] == pytest.approx(1e3 * row["batch"] / row["ms"]) and row["peak"] > 0
+
+
+def test_speed_of_an_architecture_needs_no_run_and_no_weights(teacher_folder, tmp_path, capsys):
+    evaluation.main(["--speed", "--random", str(teacher_folder), "--contexts", "32"])
+    assert "random weights" in (said := capsys.readouterr().out)
+    assert len(re.findall(r"^\| 32 +\| ", said, re.M)) == 2
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
+def test_pictures_are_drawn_into_the_runs_folder(its_copy):
+    before = {path.name for path in its_copy.iterdir()}
+    few = ["--eval_tokens", "512", "--picture_tokens", "16"]
+    evaluation.main([str(its_copy), "--speed", "--contexts", "16", "32"])
+    (its_copy / "speed.png").unlink()
+    evaluation.main([str(its_copy), "--pictures", "--heads", "0:3", "2:0", *few])
+    drawn = {path.name for path in its_copy.iterdir()} - before - {"speed.json"}
+    assert drawn == {"matrices.png", "differences.png", "loss.png", "layers.png", "speed.png"}
+    for path in its_copy.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+def screen_after(said, high=24):
+    """What a terminal of so many lines shows at last, all that has scrolled by included"""
+    lines, row = [""], 0
+    for part in re.split(r"(\x1b\[\d+F|\x1b\[J|\n)", said):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif part == "\x1b[J":
+            del lines[row + 1:]
+            lines[row] = ""
+        elif part.startswith("\x1b["):
+            up = int(part[2:-1])
+            assert up < high, "a cursor cannot go back to what has scrolled away"
+            row -= up
+        else:
+            lines[row] += part
+    return "\n".join(lines)
+
+
+def test_in_a_terminal_the_text_grows_and_ends_as_it_does_in_a_file(a_run, capsys, monkeypatch):
+    command = [str(a_run), "--prompt", "def ", "--length", "60", "--temperature", "1.5"]
+    monkeypatch.setattr(shutil, "get_terminal_size",
+                        lambda *_, **__: os.terminal_size((108, 8)))
+    evaluation.main(command)
+    piped = capsys.readouterr().out
+    assert "\x1b" not in piped and "| layer" not in piped and "teacher  " in piped
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    evaluation.main(command)
+    live = capsys.readouterr().out
+    assert live.count("\x1b[J") == 60 and screen_after(live, high=8) == piped
+
+
+@pytest.mark.parametrize("mistake, complaint", [
+    ("", "give a run folder"), ("RUN --random tiny --speed", "not both"),
+    ("--random tiny", "--random measures --speed"), ("RUN --heads 3", "LAYER:HEAD"),
+    ("--speed --random ./nowhere", "no such teacher"), ("RUN --contexts 0", "from 1 on"),
+    ("RUN --speed --batch_sizes 1.5", "not a whole number"), ("RUN --temperature -1", "greedy"),
+    ("RUN --pictures --heads 0:4", "layers 0, 1, 2 to draw, and heads 0 to 3"),
+    ("RUN --prompt ''", "an empty prompt"), ("RUN --length 0", "from 1 on")])
+def test_a_mistake_in_asking_eval_is_one_line(mistake, complaint, a_run):
+    with pytest.raises(UsageError, match=re.escape(complaint)) as error:
+        evaluation.main([str(a_run) if x == "RUN" else x for x in shlex.split(mistake)])
+    assert "\n" not in str(error.value)
 
 
 def test_the_distances_of_a_kept_layer_are_zero():
