@@ -150,7 +150,7 @@ PRESETS = {  # what, and how much; one value for each stage, or one for all
 }
 RECIPES = {  # how; what the modern one does not say is the preset's, chosen for it
     "paper": dict(init="mohawk", shares=(80, 160, 2760), lr=(5e-4, 2e-3, 5e-4), decay=0.1),
-    "modern": dict(init="qkv", decay=0.7),
+    "modern": dict(init="fit", decay=0.7),
 }
 
 
