@@ -324,6 +324,107 @@ def carry(fade, writes, S, order):
 
 
 # -----------------------------------------------------------------------------
+# beside it, for the mixers of the study: a decay for each channel of k, and the delta rule. Each
+# step is the definition; its chunked form is plain PyTorch and its autograd, in fp32 or wider.
+
+def channel_step(q, k, v, a, S):
+    """S_t = diag(e^(a_t)) S_(t-1) + k_t v_t^T      y_t = q_t S_t
+
+    q, k, a (B, H, N)   v (B, H, P)   S (B, H, N, P)   -> y (B, H, P), the next S
+    """
+    q, k, a = (x.to(S.dtype) for x in (q, k, a))
+    S = a.exp()[..., None] * S + k[..., None] * v.to(S.dtype)[..., None, :]
+    return (q[..., None, :] @ S)[..., 0, :].to(v.dtype), S
+
+
+def channel_chunked(q, k, v, a, initial_state=None, return_final_state=False, chunk=64):
+    """The same for q, k, a (B, L, H, N), v (B, L, H, P), in O(L) and matrix products.
+
+    M[i,j] = sum_n q_in k_jn e^(A_in - A_jn), A the running sum of a. As (q_i e^(A_i)) . (k_j
+    e^(-A_j)) it is a product of matrices, but e^(-A_j) overflows. With any t between j and i it is
+    (q_i e^(A_i - A_t)) . (k_j e^(A_t - A_j)), and both exponents are <= 0. So a chunk is halved,
+    and so are its halves; t is where the left half ends:
+
+        j ->  1 2 3 4 5 6 7 8
+      i   1   =
+      |   2   1 =                     =  i is j: nothing fades
+      v   3   2 2 =                   1, 2, 4  the width of the halves: one product for each block
+          4   2 2 1 =
+          5   4 4 4 4 =               what is left of the chunk comes through the state, steps 2-4
+          6   4 4 4 4 1 =             of ssd_chunked
+          7   4 4 4 4 2 2 =
+          8   4 4 4 4 2 2 1 =
+    """
+    (B, L, H, P), N, given = v.shape, q.shape[-1], v.dtype
+    S = v.new_zeros(B, H, N, P, dtype=wide(given)) if initial_state is None else initial_state
+    with torch.autocast(v.device.type, enabled=False):
+        q, k, v, a = (wide_chunks(x, chunk) for x in (q, k, v, a))      # (B, C, H, Q, .)
+        y, half = (q * k).sum(-1, keepdim=True) * v, 1
+        while half < chunk:
+            (_, q_r), (k_l, _), (v_l, _), (a_l, a_r) = (                # (B, C, H, ., half, N or P)
+                x.unflatten(-2, (-1, 2, half)).unbind(-3) for x in (q, k, v, a))
+            M = (q_r * a_r.cumsum(-2).exp()) @ (k_l * until_end(a_l).exp()).mT
+            y.unflatten(-2, (-1, 2, half)).select(-3, 1).add_(M @ v_l)
+            half *= 2
+        writes = (k * until_end(a).exp()).mT @ v                        # (B, C, H, N, P)
+        fade, doors = a.sum(-2).exp()[..., None], []                    # (B, C, H, N, 1)
+        for c in range(fade.shape[1]):
+            doors.append(S)
+            S = fade[:, c] * S + writes[:, c]
+        y = y + (q * a.cumsum(-2).exp()) @ torch.stack(doors, 1)        # (B, C, H, Q, P)
+    y = y.transpose(2, 3).flatten(1, 2)[:, :L].to(given)
+    return (y, S) if return_final_state else y
+
+
+def until_end(a):
+    """a (..., Q, N) -> a_(j+1) + ... + a_Q"""
+    A = a.cumsum(-2)
+    return A[..., -1:, :] - A
+
+
+def wide_chunks(x, Q):
+    """(B, L, H, ...) -> (B, C, H, Q, ...) in fp32 or wider, with zeros after the end"""
+    x = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, -x.shape[1] % Q))
+    return in_chunks(x.to(wide(x.dtype)), Q).contiguous()
+
+
+def delta_step(q, k, v, a, b, S):
+    """S_t = e^(a_t) (I - b_t k_t k_t^T) S_(t-1) + b_t k_t v_t^T      y_t = q_t S_t
+
+    What k_t finds in S is replaced, by the share b, with v_t. So it is ssd's S_t = e^(a_t) S_(t-1)
+    + k_t u_t^T with u_t = b_t (v_t - e^(a_t) k_t S_(t-1)).
+    q, k (B, H, N)   v (B, H, P)   a, b (B, H)   S (B, H, N, P)
+    """
+    found = (k.to(S.dtype)[..., None, :] @ S)[..., 0, :]                # (B, H, P)
+    u = b[..., None] * (v - a.exp()[..., None] * found)
+    return ssd_step(q, k, u.to(v.dtype), a, S)
+
+
+def delta_rule(q, k, v, a, b, initial_state=None, return_final_state=False, chunk=32):
+    """The same for q, k (B, L, H, N), v (B, L, H, P), a, b (B, L, H): u by chunks, then ssd.
+
+    In a chunk with S at its door, u_i = b_i (v_i - e^(A_i) k_i S - sum_(j<i) M[i,j] u_j), where
+    M[i,j] = (k_i . k_j) e^(A_i - A_j): a triangular system, whose answer is u = U - K S.
+    """
+    (B, L, H, P), N = v.shape, q.shape[-1]
+    S = v.new_zeros(B, H, N, P, dtype=wide(v.dtype)) if initial_state is None else initial_state
+    with torch.autocast(v.device.type, enabled=False):
+        k_c, v_c, a_c, b_c = (wide_chunks(x, chunk) for x in (k, v, a, b))      # (B, C, H, Q, .)
+        since, left, fade = fading(a_c, a_c.dtype)
+        b_c, door = b_c[..., None], S
+        M = (b_c * (k_c @ k_c.mT) * decay_matrix(a_c)).tril(-1)         # (B, C, H, Q, Q)
+        U, K = torch.linalg.solve_triangular(                           # (B, C, H, Q, P), (.., N)
+            M, b_c * torch.cat([v_c, since * k_c], -1), upper=False, unitriangular=True
+        ).split([P, N], dim=-1)
+        writing, u = (k_c * left).mT, []                                # (B, C, H, N, Q)
+        for c in range(fade.shape[1]):
+            u.append(U[:, c] - K[:, c] @ door)
+            door = fade[:, c, :, None, None] * door + writing[:, c] @ u[-1]
+        u = torch.stack(u, 1).transpose(2, 3).flatten(1, 2)[:, :L]      # (B, L, H, P)
+    return ssd(q, k, u.to(v.dtype), a, S, None, return_final_state)
+
+
+# -----------------------------------------------------------------------------
 # the Triton form: one program per head walks from chunk to chunk, the state in its registers
 #
 #   forward   carries S from the start: steps 1-4 in one go; q k v are read and y is written once.
@@ -902,11 +1003,18 @@ def orientation_tiles(N, N_T, fp32, arch):
 def orientation_loss_naive(q_t, k_t, scale, q, k, a, D):
     """The same with both matrices in full, as the formula reads: referee of orientation_loss."""
     L, H = a.shape[1:]
-    scores = torch.einsum("bihn,bjhn->bhij", per_head(q_t, H), per_head(k_t, H)) * scale
-    future = torch.ones(L, L, dtype=torch.bool, device=a.device).triu(1)
+    M = mixing_matrix(q, k, a) + torch.diag_embed(D[:, None].expand(H, L))
+    return distance_in_full(q_t, k_t, scale, M)[0]
+
+
+def distance_in_full(q_t, k_t, scale, M):
+    """orientation_loss and the size, of any matrices M (B, H, L, L), which are there in full."""
+    L, H = M.shape[-1], M.shape[1]
+    q_t, k_t = (per_head(x, H).to(M.dtype) for x in (q_t, k_t))
+    scores = torch.einsum("bihn,bjhn->bhij", q_t, k_t) * scale
+    future = torch.ones(L, L, dtype=torch.bool, device=M.device).triu(1)
     target = scores.masked_fill(future, -torch.inf).softmax(-1)         # (B, H, L, L)
-    E = mixing_matrix(q, k, a) + torch.diag_embed(D[:, None].expand(H, L)) - target
-    return E.norm(dim=(-1, -2)).mean()
+    return tuple(x.norm(dim=(-1, -2)).mean() for x in (M - target, target))
 
 
 # -----------------------------------------------------------------------------
