@@ -63,10 +63,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from model_ssm import SSM, Config, UsageError, shapes_of
+from model_ssm import MIXERS, SSM, Config, UsageError, shapes_of
 from model_teacher import TINY, Teacher, architecture, compare, train_tiny
 from prepare import Parser, Stream, Tokenizer, Tokens, count, load_or_prepare, run_program
-from ssd_kernel import orientation_loss, ssd_path
+from ssd_kernel import ssd_path
 
 LOGITS_AT_ONCE = 2**26      # entries of a (tokens, V) map that stage 3 makes at once, in fp32
 
@@ -79,8 +79,7 @@ LOGITS_AT_ONCE = 2**26      # entries of a (tokens, V) map that stage 3 makes at
 def matrices(student, teacher, tokens):
     """matrix orientation: each mixer, given the teacher's input, mixes as its attention does"""
     for i, u in teacher.inputs(tokens, only=student.ssm_layers):        # u (B, L, D)
-        distance, size = orientation_loss(*teacher.factors(i, u), *student.factors(i, u),
-                                          return_size=True)
+        distance, size = student.orientation(i, u, *teacher.factors(i, u))
         yield distance, distance.detach() / size
 
 
@@ -628,9 +627,9 @@ def shard_student(student):
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     for layer in student.layers:
         fully_shard(layer)
-        register_fsdp_forward_method(layer, "factors")
+        register_fsdp_forward_method(layer, "orientation")
     fully_shard(student)
-    for question in ("factors", "block", "hidden", "head"):
+    for question in ("orientation", "block", "hidden", "head"):
         register_fsdp_forward_method(student, question)
 
 
@@ -711,12 +710,18 @@ def starting_student(stage, run, teacher, previous, tokens):
         if args.attn_layers is not None and asked != student.config.attn_layers:
             raise UsageError(f"{folder} keeps attention in layers {student.config.attn_layers}, "
                              f"--attn_layers asks for {asked}: choose another --out")
+        if args.mixer != student.config.mixer:
+            raise UsageError(f"{folder} has {student.config.mixer} mixers, --mixer asks for "
+                             f"{args.mixer}: choose another --out, or --mixer "
+                             f"{student.config.mixer}")
         print(f"stage {stage} | from {folder} ({about['tokens']:,} tokens) | {student.loaded}")
         return student, about
     if stage > 1:
         print(f"stage {stage} | there is no {folder}: starts from a copy of the teacher instead")
     student = copy_of_teacher(args, teacher, tokens)
-    print(f"stage {stage} | from {teacher.name}, init {args.init} | {student.loaded}")
+    states = student.layers[student.ssm_layers[0]].mixer.initial_state(1)
+    print(f"stage {stage} | from {teacher.name}, mixer {args.mixer}, init {args.init} | "
+          f"{student.loaded} | a state of {sum(x.nbytes for x in states):,} bytes a layer")
     return student, {"tokens": 0, "seconds": 0}
 
 
@@ -724,8 +729,9 @@ def copy_of_teacher(args, teacher, tokens):
     """The student at its start; tokens (B, L) on the teacher's device, for --init distance"""
     torch.manual_seed(args.seed)
     layers = kept_attention(args, len(teacher.layers))
-    student = SSM.from_teacher(teacher, layers, "mohawk" if args.init == "mohawk" else "qkv")
-    if args.init in ("fit", "distance"):
+    fitted = args.init in ("fit", "distance")
+    student = SSM.from_teacher(teacher, layers, "qkv" if fitted else args.init, mixer=args.mixer)
+    if fitted:
         fit_matrices(student.to(tokens.device), teacher, tokens, args.init == "distance")
     return student
 
@@ -1084,7 +1090,7 @@ def show_plan(args):
     """--plan: what each stage would take. No weights are read, no data, and no GPU is needed."""
     hf = architecture(args.teacher)
     config = Config(**shapes_of(hf, Teacher.random(hf, "meta").inv_freq) | {
-        "attn_layers": kept_attention(args, hf.num_hidden_layers)})
+        "attn_layers": kept_attention(args, hf.num_hidden_layers), "mixer": args.mixer})
     device, bf16, _ = choose_device(args.device, args.fp32)
     if args.plan in GPUS:
         device, bf16 = "cuda", True
@@ -1204,9 +1210,11 @@ def parse(arguments=None):
     add("--config", help="which part of a Hugging Face data set")
     add("--recipe", choices=RECIPES, help="the paper's, or what the field learned since "
         "[phi: paper; else modern]")
-    add("--init", choices=("mohawk", "qkv", "fit", "distance"), help="mixers start MOHAWK's way; "
-        "from the teacher's q, k, v; so, and fitted to its attention; so, and with decays by how "
-        "far it looks")
+    add("--mixer", choices=MIXERS, default="mamba2",
+        help="what stands where attention was [%(default)s]")
+    add("--init", choices=("mohawk", "qkv", "fit", "distance", "random"), help="mixers start "
+        "MOHAWK's way; from the teacher's q, k, v; so, and fitted to its attention; so, and with "
+        "decays by how far it looks; or as PyTorch's modules do")
     add("--attn_layers", nargs="+", help="layers that keep attention; paper: 4 10 16 22 [none]")
     add("--out", help="folder of the run [out/<preset>]")
     # how much: one value for each stage, or one for all
@@ -1268,6 +1276,8 @@ def parse(arguments=None):
     if args.fsdp and args.controls:
         raise UsageError("--controls start from the whole teacher, which --fsdp has in shards: "
                          "leave one of them out")
+    if args.init in ("fit", "distance") and args.mixer != "mamba2":
+        raise UsageError(f"--init {args.init} is for --mixer mamba2: choose mohawk, qkv or random")
     if args.temperature <= 0 or args.hard_weight < 0:
         raise UsageError("--temperature must be above 0, and --hard_weight not below it")
     if not own["tokens"] or len(own["tokens"]) == 1:

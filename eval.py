@@ -861,7 +861,7 @@ def main(arguments=None):
     if student.config.vocab_size != teacher.config.vocab_size:
         raise UsageError(f"the student has {student.config.vocab_size:,} tokens, its teacher "
                          f"{teacher.name} {teacher.config.vocab_size:,}: they cannot be compared")
-    was = argparse.Namespace(**{"stream": None} | about["arguments"])
+    was = argparse.Namespace(**{"stream": None, "mixer": "mamba2"} | about["arguments"])
     was.teacher = args.teacher or was.teacher
     tokenizer, context = Tokenizer(was.teacher), args.context or was.context
     if args.tasks:

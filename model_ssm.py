@@ -39,7 +39,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ssd_kernel import mixing_matrix, ssd, ssd_step, wide
+from ssd_kernel import (
+    channel_chunked, channel_step, delta_rule, delta_step, distance_in_full, mixing_matrix,
+    orientation_loss, per_head, ssd, ssd_step, wide)
 
 SILU_IS_ONE = 1.278464542761    # silu of this is 1: with this bias alone a gate is exactly open
 PREFILL = 2048                  # tokens of a prompt read at once, so memory is flat in its length
@@ -78,6 +80,7 @@ class Config:
     n_head: int = 32                # H
     head_dim: int = 64              # P
     # the SSM's own
+    mixer: str = "mamba2"           # or another of MIXERS
     n_qk_head: int = 32             # G; MOHAWK: q and k per head; plain Mamba-2: one shared pair
     d_state: int = 64               # N
     d_conv: int = 4
@@ -144,12 +147,15 @@ def causal_conv(x, weight, bias, before=None):
 
 class Mamba2(nn.Module):
     """Discrete Mamba-2: all that attention does here, with a state of N x P numbers per head."""
+    operator, operator_step = staticmethod(ssd), staticmethod(ssd_step)
+    gates = staticmethod(lambda config: config.n_head)      # how many: here an A_log for each head
+    has_keys = True                                         # k is a projection of its own
 
     def __init__(self, config):
         super().__init__()
         self.config, qk = config, config.n_qk_head * config.d_state
-        # rows of in_proj: v, k, q, z, A_log
-        self.sizes = [config.d_inner, qk, qk, config.d_inner, config.n_head]
+        # rows of in_proj: v, k, q, z, gates
+        self.sizes = [config.d_inner, qk, qk, config.d_inner, self.gates(config)]
         channels = sum(self.sizes[:3])
         self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)
         self.z_bias = nn.Parameter(torch.zeros(config.d_inner))
@@ -175,32 +181,51 @@ class Mamba2(nn.Module):
         q, k (B, L, G, N)   v (B, L, H, P)   a (B, L, H) <= 0   z (B, L, H P)
         """
         c = self.config
-        vkq, z, A_log = self.in_proj(h).split([sum(self.sizes[:3]), *self.sizes[3:]], dim=-1)
+        vkq, z, gates = self.in_proj(h).split([sum(self.sizes[:3]), *self.sizes[3:]], dim=-1)
         mixed = causal_conv(vkq, self.conv1d.weight, self.conv1d.bias, before)
         v, k, q = mixed.split(self.sizes[:3], dim=-1)           # Mamba-2 calls them x, B, C
         q, k = (x.unflatten(-1, (c.n_qk_head, c.d_state)) for x in (q, k))
-        a = -F.softplus(A_log.float() if A_log.dtype != torch.float64 else A_log)
-        return q, k, v.unflatten(-1, (c.n_head, c.head_dim)), a, z, vkq
+        return *self.operands(q, k, v.unflatten(-1, (c.n_head, c.head_dim)), gates), z, vkq
+
+    def operands(self, q, k, v, A_log):
+        """-> what the operator takes: here q, k, v, a"""
+        return q, k, v, -F.softplus(A_log.to(wide(A_log.dtype)))
 
     def forward(self, h, state=None, real=None):
         """h (B, L, D) -> (B, L, D)
 
         state: (last K - 1 inputs of the conv, S (B, H, N, P)), of constant size
         """
-        before, S = state or (None, None)
-        q, k, v, a, z, vkq = self.project(h, before)
+        before, *S = state or (None, None)
+        q, k, v, *a, z, vkq = self.project(h, before)
         if real is not None:                        # padding writes nothing and forgets nothing
-            k, a = k * real[..., None, None], a * real[..., None]
-        if S is None:
-            y = ssd(q, k, v, a)
-        elif h.shape[1] == 1:
-            y, S = ssd_step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], S)
-            y = y[:, None]
-        else:
-            y, S = ssd(q, k, v, a, initial_state=S, return_final_state=True)
+            k, *a = (x * real.view(*real.shape, *[1] * (x.dim() - 2)) for x in (k, *a))
+        y, *S = self.mix((q, k, v, *a), *S)
         y = y + self.D.to(v.dtype)[:, None] * v                                     # (B, L, H, P)
         y = self.out_proj(y.flatten(-2) * F.silu(z + self.z_bias.to(z.dtype)))      # (B, L, D)
-        return y, state and (last_inputs(before, vkq, real), S)
+        return y, state and (last_inputs(before, vkq, real), *S)
+
+    def mix(self, operands, S=None):
+        """operands (B, L, ...) after the state S -> y (B, L, H, P), the next state; None: as is"""
+        if S is None:
+            return self.operator(*operands), None
+        if operands[0].shape[1] == 1:
+            y, S = self.operator_step(*(x[:, 0] for x in operands), S)
+            return y[:, None], S
+        return self.operator(*operands, initial_state=S, return_final_state=True)
+
+    def matrix(self, h):
+        """h (B, L, D) -> M + diag D (B, H, L, L): all that happens to v before the gate"""
+        q, k, _, a, _, _ = self.project(h)
+        return mixing_matrix(q, k, a) + torch.diag_embed(self.D[:, None].expand(-1, h.shape[1]))
+
+    def orientation(self, h, *teachers):
+        """-> distance of this matrix from softmax(q_t k_t^T scale), and the size of that one
+
+        teachers: q_t, k_t, scale
+        """
+        q, k, _, a, _, _ = self.project(h)
+        return orientation_loss(*teachers, q, k, a, self.D, return_size=True)
 
     def initial_state(self, B):
         c, like = self.config, self.in_proj.weight
@@ -300,6 +325,154 @@ class AttentionMixer(nn.Module):
 
 
 # -----------------------------------------------------------------------------
+# the mixers of the study. Each is Mamba-2 but for what stands between q, k, v, the gates and y: the
+# same heads, state, convolution, skip, z and output projection. What their papers put around that
+# (rotary embeddings, a norm of y, SiLU on q and k) none of them has here, so that what is compared
+# is the operators, and all can start from a copy of the teacher's q, k and v.
+#
+# [3] RetNet, arXiv 2307.08621    [4] linear attention, 2006.16236    [5] xLSTM, 2405.04517
+# [6] GLA, 2312.06635    [7] MetaLA, 2411.10741    [8] DeltaNet, 2406.06484
+# [9] Gated DeltaNet, 2412.06464
+
+class RetNet(Mamba2):
+    """Retention [3]: each head forgets at a rate of its own, fixed: e^a = 1 - 2^(-5 - h)."""
+    gates = staticmethod(lambda config: 0)
+
+    def operands(self, q, k, v, _):
+        h = torch.arange(v.shape[2], device=v.device, dtype=wide(v.dtype))
+        return q, k, v, torch.log1p(-(2 ** (-5 - h))).expand(v.shape[:3])           # (B, L, H)
+
+
+class InFull(Mamba2):
+    """One whose matrix is more than q k^T and a decay: it is what the operator makes of the
+    identity. In stage 1 some maps (B, H, L, L) of a layer exist at once."""
+
+    def matrix(self, h):
+        q, k, v, *a, _, _ = self.project(h)
+        L, H = v.shape[1:3]
+        each = torch.eye(L, dtype=v.dtype, device=v.device)[:, None].expand(len(v), L, H, L)
+        M = self.mix((q, k, each, *a))[0].transpose(1, 2)                           # (B, H, L, L)
+        return M + torch.diag_embed(self.D[:, None].expand(H, L))
+
+    def orientation(self, h, *teachers):
+        return distance_in_full(*teachers, self.matrix(h))
+
+
+class Linear(InFull):
+    """Normalised linear attention [4], phi = elu + 1:  y_t = phi(q_t) S_t / (phi(q_t) n_t)
+
+    n, the sum of phi(k), is the last column of S, for v has a column of ones. On a GPU this one
+    column more than the Triton kernel takes means the chunked form.
+    """
+    gates = staticmethod(lambda config: 0)
+
+    def operands(self, q, k, v, _):
+        return F.elu(q) + 1, F.elu(k) + 1, v, v.new_zeros(v.shape[:3], dtype=wide(v.dtype))
+
+    def mix(self, operands, S=None):
+        q, k, v, a = operands
+        y, S = super().mix((q, k, F.pad(v, (0, 1), value=1.0), a), S)
+        return y[..., :-1] / (y[..., -1:] + 1e-10), S
+
+    def initial_state(self, B):
+        before, S = super().initial_state(B)
+        return before, F.pad(S, (0, 1))
+
+
+class MLSTM(Linear):
+    """xLSTM's matrix memory [5]: a sigmoid forget gate f, an exponential input gate i.
+
+    S_t = sigmoid(f_t) S_(t-1) + e^(i_t) k_t v_t^T     y_t = q_t S_t / max(|q_t n_t|, 1)
+
+    What is kept is e^(-m_t) S_t, where m_t = max(log sigmoid(f_t) + m_(t-1), i_t, 0): no exponent
+    is above 0, and nothing overflows. y is the same for any m, so m needs no gradient.
+    """
+    gates = staticmethod(lambda config: 2 * config.n_head)
+
+    def operands(self, q, k, v, gates):
+        i, f = gates.to(wide(gates.dtype)).chunk(2, dim=-1)
+        q, k = (per_head(x, v.shape[2]) for x in (q, k))
+        return q, k, v, F.logsigmoid(f), i
+
+    def mix(self, operands, S=None, m=None):
+        q, k, v, f, i = operands
+        with torch.no_grad():                       # m_t - f_1 .. - f_t is a running maximum
+            kept = F.pad(f.double().cumsum(1), (0, 0, 1, 0))                    # (B, 1 + L, H)
+            before = torch.zeros_like(kept[:, :1]) if m is None else m[:, None]
+            m = kept + torch.cat([before, i.clamp_min(0) - kept[:, 1:]], 1).cummax(1).values
+            fall = torch.minimum(m[:, :-1] - m[:, 1:], -f)                      # rounding, f + fall
+            m = m[:, 1:].to(f.dtype)                                            # is not above 0
+        k = (k * (i - m).exp()[..., None]).to(k.dtype)
+        y, S = Mamba2.mix(self, (q, k, F.pad(v, (0, 1), value=1.0), f + fall.to(f.dtype)), S)
+        least = (-m).exp()[..., None].to(y.dtype)
+        return y[..., :-1] / torch.maximum(y[..., -1:].abs(), least), S, m[:, -1]
+
+    def initial_state(self, B):
+        before, S = super().initial_state(B)
+        return before, S, S.new_zeros(S.shape[:2])
+
+
+class GLA(InFull):
+    """Gated linear attention [6]: each channel of k forgets at a rate of its own, read off h by a
+    gate of low rank; a sixteenth of its log."""
+    gates = staticmethod(lambda config: 16)
+    operator, operator_step = staticmethod(channel_chunked), staticmethod(channel_step)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.in_proj_gate = nn.Linear(16, config.n_qk_head * config.d_state)
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        self.in_proj_gate.reset_parameters()
+
+    def operands(self, q, k, v, gates):
+        return self.per_channel(q, k, v, self.in_proj_gate(gates).unflatten(-1, k.shape[2:]))
+
+    @staticmethod
+    def per_channel(q, k, v, gate):
+        a = F.logsigmoid(gate.to(wide(gate.dtype))) / 16
+        return tuple(per_head(x, v.shape[2]) for x in (q, k, v, a))
+
+
+class MetaLA(InFull):
+    """MetaLA [7]: a channel of k writes what it forgets, k = 1 - e^a. The gate has k's place."""
+    gates, has_keys = staticmethod(lambda config: 0), False
+    operator, operator_step = staticmethod(channel_chunked), staticmethod(channel_step)
+
+    def operands(self, q, gate, v, _):
+        q, _, v, a = GLA.per_channel(q, gate, v, gate)
+        return q, -torch.expm1(a), v, a
+
+
+class DeltaNet(InFull):
+    """The delta rule [8]: what k finds in S is replaced with v, by the share b = sigmoid(gate).
+
+    q and k have length 1. S_t = (I - b_t k_t k_t^T) S_(t-1) + b_t k_t v_t^T
+    """
+    operator, operator_step = staticmethod(delta_rule), staticmethod(delta_step)
+
+    def operands(self, q, k, v, gate):
+        q, k = (F.normalize(per_head(x, v.shape[2]), dim=-1) for x in (q, k))
+        b = gate.to(wide(gate.dtype)).sigmoid()
+        return q, k, v, torch.zeros_like(b), b
+
+
+class GatedDeltaNet(DeltaNet):
+    """Gated DeltaNet [9]: the delta rule, and S fades as Mamba-2's does."""
+    gates = staticmethod(lambda config: 2 * config.n_head)
+
+    def operands(self, q, k, v, gates):
+        gate, A_log = gates.chunk(2, dim=-1)
+        q, k, v, _, b = super().operands(q, k, v, gate)
+        return q, k, v, -F.softplus(A_log.to(b.dtype)), b
+
+
+MIXERS = {"mamba2": Mamba2, "linear": Linear, "retnet": RetNet, "mlstm": MLSTM, "gla": GLA,
+          "metala": MetaLA, "deltanet": DeltaNet, "gated_deltanet": GatedDeltaNet}
+
+
+# -----------------------------------------------------------------------------
 # the model
 
 class Block(nn.Module):
@@ -307,7 +480,7 @@ class Block(nn.Module):
         super().__init__()
         self.parallel = config.block == "phi"
         self.input_layernorm = norm(config)
-        self.mixer = AttentionMixer(config) if i in config.attn_layers else Mamba2(config)
+        self.mixer = (AttentionMixer if i in config.attn_layers else MIXERS[config.mixer])(config)
         if not self.parallel:
             self.post_attention_layernorm = norm(config)
         self.mlp = MLP(config) if self.parallel else GatedMLP(config)
@@ -321,9 +494,11 @@ class Block(nn.Module):
         u = u + mixed
         return u + self.mlp(self.post_attention_layernorm(u)), state
 
-    def factors(self, u):
-        q, k, _, a, _, _ = self.mixer.project(self.input_layernorm(u))
-        return q, k, a, self.mixer.D.clone()        # sharded, the original is gone after this call
+    def matrix(self, u):
+        return self.mixer.matrix(self.input_layernorm(u))
+
+    def orientation(self, u, *teachers):
+        return self.mixer.orientation(self.input_layernorm(u), *teachers)
 
 
 def norm(config):
@@ -382,6 +557,8 @@ class SSM(nn.Module, Writer):
         if unknown:
             raise UsageError(f"--attn_layers {unknown[0]}: "
                              f"the model has layers 0 to {config.n_layer - 1}")
+        if config.mixer not in MIXERS:
+            raise UsageError(f"there is no mixer {config.mixer}: choose among {', '.join(MIXERS)}")
         self.config, self.recompute = config, False     # recompute: activations, in the backward
         self.backbone = nn.ModuleDict({
             "embedding": nn.Embedding(config.vocab_size, config.d_model),
@@ -428,14 +605,14 @@ class SSM(nn.Module, Writer):
         """u (B, L, D) -> (B, L, D), the output of layer i: stage 2's question"""
         return self.layers[i](u)[0]
 
-    def factors(self, i, u):
-        """q, k, a, D: what SSM layer i's matrix is made of, in the form orientation_loss takes"""
-        return self.layers[i].factors(u)
-
     def matrix(self, i, u):
         """u (B, L, D) -> M + diag D (B, H, L, L) of SSM layer i: stage 1's question, in full"""
-        q, k, a, D = self.factors(i, u)
-        return mixing_matrix(q, k, a) + torch.diag_embed(D[:, None].expand(-1, u.shape[1]))
+        return self.layers[i].matrix(u)
+
+    def orientation(self, i, u, *teachers):
+        """|| matrix(i, u) - softmax(q_t k_t^T scale) ||_F, mean over batch and heads; and how large
+        the second one is. teachers: q_t, k_t, scale, see orientation_loss"""
+        return self.layers[i].orientation(u, *teachers)
 
     # generation ----------------------------------------------------------------
 
@@ -524,9 +701,9 @@ class SSM(nn.Module, Writer):
         """A student of `teacher`'s shape with all its weights but the mixers outside attn_layers.
 
         attn_layers: numbers of the layers that keep attention, or "all"
-        init: "mohawk", see Mamba2.reset_parameters; or "qkv", that and the teacher's q, k, v and
-              output projection
-        overrides: fields of Config, such as d_state
+        init: "mohawk", see Mamba2.reset_parameters; "qkv", that and the teacher's q, k, v and
+              output projection; or "random", torch's own
+        overrides: fields of Config, such as d_state or mixer
         """
         shapes = shapes_of(teacher.config, teacher.inv_freq)
         attn_layers = range(shapes["n_layer"]) if attn_layers == "all" else attn_layers
@@ -544,8 +721,11 @@ class SSM(nn.Module, Writer):
             for i in student.ssm_layers:
                 prefix = f"backbone.layers.{i}.mixer.self_attn."
                 copy_qkv(student.layers[i].mixer, theirs, prefix, shapes["n_kv_head"])
+        elif init == "random":
+            for i in student.ssm_layers:
+                student.layers[i].mixer = MIXERS[student.config.mixer](student.config)
         elif init != "mohawk":
-            raise UsageError(f"--init {init}: choose mohawk or qkv")
+            raise UsageError(f"--init {init}: choose mohawk, qkv or random")
         student.loaded = (f"{len(copied)} tensors copied from the teacher, "
                           f"{len(ours) - len(copied)} of the mixers fresh")
         return student
@@ -708,7 +888,7 @@ def rename(name):
 
 @torch.no_grad()
 def copy_qkv(mixer, theirs, prefix, n_kv_head):
-    """q <- q, k <- k, v <- v, out_proj <- dense.
+    """q <- q, k <- k (if the mixer has one), v <- v, out_proj <- dense.
 
     Keys and values of grouped-query teachers once for each query head.
     """
@@ -727,6 +907,8 @@ def copy_qkv(mixer, theirs, prefix, n_kv_head):
     rows, biases = mixer.in_proj.weight.split(mixer.sizes), mixer.conv1d.bias.split(mixer.sizes[:3])
     sources = (("v_proj", n_kv_head, 1), ("k_proj", n_kv_head, 1), ("q_proj", c.n_head, scale))
     for at, (name, n, factor) in enumerate(sources):
+        if name == "k_proj" and not mixer.has_keys:
+            continue
         rows[at].copy_(factor * heads(f"{name}.weight", n))
         if f"{prefix}{name}.bias" in theirs:    # in_proj has no bias, but the conv behind it has
             biases[at].copy_(factor * heads(f"{name}.bias", n))
@@ -736,8 +918,10 @@ def copy_qkv(mixer, theirs, prefix, n_kv_head):
 # -----------------------------------------------------------------------------
 # config.json, in the published layout
 
-MAMBA, ATTENTION = "modules.mixers.discrete_mamba2", "modules.mixers.phi_attention"
-IN_MODEL = ("vocab_size", "d_model", "n_layer", "attn_layers")
+ATTENTION = "modules.mixers.phi_attention"
+CORES = {name: f"modules.mixers.{name}" for name in MIXERS}
+CORES["mamba2"] = "modules.mixers.discrete_mamba2"
+IN_MODEL = ("vocab_size", "d_model", "n_layer", "attn_layers", "mixer")
 IN_CORE = ("d_state", "n_head", "n_qk_head", "d_conv", "head_dim")
 
 
@@ -751,13 +935,13 @@ def write_config(config):
             "chunk_size": 128, "activation": "identity", "bias": False}
     runs = []
     for i in range(config.n_layer):
-        kind = ATTENTION if i in config.attn_layers else MAMBA
+        kind = ATTENTION if i in config.attn_layers else CORES[config.mixer]
         if runs and runs[-1]["CoreType"] == kind:
             runs[-1]["n_layers"] += 1
         else:
             runs.append({"n_layers": 1,
                          "BlockType": "modules.phi_block", "block_input": {"resid_dropout": 0.0},
-                         "CoreType": kind, "core_input": core if kind == MAMBA else {}})
+                         "CoreType": kind, "core_input": {} if kind == ATTENTION else core})
     said = IN_MODEL + (IN_CORE if len(config.attn_layers) < config.n_layer else ())
     language = {"vocab_size": config.vocab_size, "pad_vocab_size_multiple": 1}
     mixer = {"d_model": config.d_model, "n_layer": config.n_layer, "lm_head_prenorm": "layer"}
@@ -776,8 +960,10 @@ def read_config(file):
         multiple = language.get("pad_vocab_size_multiple", 8)
         shapes = {"vocab_size": -(-language["vocab_size"] // multiple) * multiple,
                   "d_model": model["d_model"], "n_layer": len(kinds), "d_mlp": 4 * model["d_model"],
-                  "attn_layers": tuple(i for i, kind in enumerate(kinds) if kind == ATTENTION)}
-        for core in [block["core_input"] for block in blocks if block["CoreType"] == MAMBA][:1]:
+                  "attn_layers": tuple(i for i, kind in enumerate(kinds) if kind == ATTENTION),
+                  "mixer": next((name for name in MIXERS if CORES[name] in kinds), "mamba2")}
+        kind = CORES[shapes["mixer"]]
+        for core in [block["core_input"] for block in blocks if block["CoreType"] == kind][:1]:
             H = core["n_v_heads"]
             P = round(model["d_model"] * core["expand"]) // H
             shapes |= {"d_state": core["d_state"], "n_head": H, "n_qk_head": core["n_qk_heads"],
@@ -791,7 +977,7 @@ def read_config(file):
                          f"{error} is missing") from error
     shapes |= file.get("shapes", {})
     unknown = sorted(set(shapes) - {field.name for field in fields(Config)})
-    if unknown or set(kinds) - {MAMBA, ATTENTION} or len(kinds) != model["n_layer"]:
+    if unknown or set(kinds) - {kind, ATTENTION} or len(kinds) != model["n_layer"]:
         raise UsageError("config.json is not one of this project's or of Phi-Mamba's: it has "
                          f"{len(kinds)} of {model['n_layer']} layers, {set(kinds)}, {unknown}")
     return Config(**{name: tuple(value) if isinstance(value, list) else value

@@ -1619,6 +1619,303 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_a_weight_changes(data_
 
 
 # -----------------------------------------------------------------------------
+# the mixers of the study. Mamba-2 keeps these promises too.
+
+FADING = ["mamba2", "mlstm", "gla", "metala", "deltanet", "gated_deltanet"]     # by gates
+
+
+def random_mixer(name, G=2, dtype=torch.float64, seed=0, **shapes):
+    """Every parameter random: 2 heads of width 6, a state of 4"""
+    torch.manual_seed(seed)
+    mixer = model_ssm.MIXERS[name](Config(**dict(
+        d_model=16, n_head=2, head_dim=6, n_qk_head=G, d_state=4, mixer=name) | shapes))
+    for p in mixer.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return mixer.to(dtype)
+
+
+def by_steps(mixer, h, state):
+    """The recurrence: one token after the other"""
+    y = []
+    for t in range(h.shape[1]):
+        y_t, state = mixer(h[:, t:t + 1], state)
+        y.append(y_t)
+    return torch.cat(y, 1), state
+
+
+def same(one, other, tolerance):
+    return all(torch.equal(x, y) or rel(x, y) < tolerance
+               for x, y in zip(one, other, strict=True))
+
+
+# In fp64 rounding is 1e-16 a step; the triangular systems and the exponentials of a chunk lose a
+# few digits of it. 1e-9 is the promise.
+@pytest.mark.parametrize("L", [1, 7, 64, 100, 130])
+@pytest.mark.parametrize("name", model_ssm.MIXERS)
+def test_every_mixer_is_its_recurrence(name, L):
+    for G in (2, 1):
+        mixer, h = random_mixer(name, G), torch.randn(2, L + 9, 16, dtype=torch.float64)
+        with torch.no_grad():
+            start, empty = by_steps(mixer, h[:, :9], mixer.initial_state(2))[1], None
+            y, last = by_steps(mixer, h[:, 9:], start)
+            got, got_last = mixer(h[:, 9:], start)
+            assert rel(got, y) < 1e-9 and same(got_last, last, 1e-9)
+            y, last = by_steps(mixer, h, mixer.initial_state(2))
+            got, empty = mixer(h, None)
+            assert rel(got, y) < 1e-9 and empty is None
+            first, state = mixer(h[:, :L], mixer.initial_state(2))          # in two pieces
+            second, state = mixer(h[:, L:], state)
+            assert rel(torch.cat([first, second], 1), y) < 1e-9 and same(state, last, 1e-9)
+
+
+@pytest.mark.parametrize("name", FADING)
+def test_a_gate_that_is_off_by_one_step_is_seen(name):
+    mixer, h = random_mixer(name), torch.randn(2, 70, 16, dtype=torch.float64)
+    *operands, _, _ = mixer.project(h)
+    y, _, *_ = mixer.mix(operands)
+    operands[3] = operands[3].roll(1, 1)
+    if name == "deltanet":                      # it has no decay: its b
+        operands[4] = operands[4].roll(1, 1)
+    assert rel(mixer.mix(operands)[0], y) > 0.02
+
+
+@pytest.mark.parametrize("name", model_ssm.MIXERS)
+def test_every_mixers_gradients_are_those_of_its_recurrence(name):
+    mixer, h = random_mixer(name), torch.randn(2, 70, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 70, 16, dtype=torch.float64)
+    leaves = [h, *mixer.parameters()]
+    want = torch.autograd.grad((by_steps(mixer, h, mixer.initial_state(2))[0] * weight).sum(),
+                               leaves)
+    got = torch.autograd.grad((mixer(h)[0] * weight).sum(), leaves)
+    assert all(rel(x, y) < 1e-9 for x, y in zip(got, want, strict=True))
+
+
+def matrix_by_its_formula(name, q, k, v, a=None, b=None):
+    """From the equations of the papers, with no state and no stabiliser; fp64, small numbers."""
+    A = a.cumsum(1)
+    scores = torch.einsum("bihn,bjhn->bhij", q, k)
+    if name in ("gla", "metala"):
+        decay = (A[:, :, None] - A[:, None]).exp()                      # (B, i, j, H, N)
+        return torch.einsum("bihn,bjhn,bijhn->bhij", q, k, decay).tril()
+    A = A.transpose(1, 2)                                               # (B, H, L)
+    decay = (A[..., :, None] - A[..., None, :]).exp().tril()
+    if name == "mlstm":
+        M = scores * decay * b.transpose(1, 2).exp()[:, :, None]
+        return M / M.sum(-1, keepdim=True).abs().clamp_min(1)
+    M = scores * decay
+    if name == "linear":
+        return M / M.sum(-1, keepdim=True)
+    if "delta" in name:
+        b = b.transpose(1, 2)[..., None]                                # (B, H, L, 1)
+        W = (b * torch.einsum("bihn,bjhn->bhij", k, k) * decay).tril(-1)
+        return M @ torch.linalg.inv(torch.eye(len(W[0, 0])) + W) @ torch.diag_embed(b[..., 0])
+    return M
+
+
+@pytest.mark.parametrize("name", model_ssm.MIXERS)
+def test_every_matrix_is_its_formula_and_what_the_mixer_does(name):
+    mixer, h = random_mixer(name), torch.randn(2, 40, 16, dtype=torch.float64)
+    q, k, v, *a, _, _ = mixer.project(h)
+    M, D = mixer.matrix(h), torch.diag_embed(mixer.D[:, None].expand(2, 40))
+    assert rel(M, matrix_by_its_formula(name, q, k, v, *a) + D) < 1e-9
+    mixed, *_ = mixer.mix((q, k, v, *a))
+    y = mixed + mixer.D[:, None] * v
+    assert rel(torch.einsum("bhij,bjhp->bihp", M, v), y) < 1e-9
+    assert (M.triu(1) == 0).all()               # nobody looks ahead
+
+
+@pytest.mark.parametrize("name", model_ssm.MIXERS)
+def test_stage_1_asks_every_mixer_for_the_same_distance(name):
+    mixer, h = random_mixer(name), torch.randn(2, 40, 16, dtype=torch.float64)
+    q_t, k_t = torch.randn(2, 40, 2, 5), torch.randn(2, 40, 1, 5)
+    future = torch.ones(40, 40, dtype=torch.bool).triu(1)
+    scores = 0.7 * torch.einsum("bihn,bjhn->bhij", q_t.double(), k_t.double().expand_as(q_t))
+    P = scores.masked_fill(future, -torch.inf).softmax(-1)
+    distance, size = mixer.orientation(h, q_t, k_t, 0.7)
+    assert distance.item() == pytest.approx(
+        (mixer.matrix(h) - P).square().sum((-1, -2)).sqrt().mean().item(), rel=1e-6)
+    assert size.item() == pytest.approx(P.square().sum((-1, -2)).sqrt().mean().item(), rel=1e-6)
+
+
+# Every exponent is of a number <= 0, so fp32 loses what it always loses, 6e-8 a step.
+@pytest.mark.parametrize("decay", ["none", "strong", "mixed"])
+def test_no_decay_makes_the_new_forms_overflow(decay):
+    q, k, v, a, S = inputs(L=130, H=2, G=2, N=8, P=6, dtype=torch.float32)
+    k, b = torch.nn.functional.normalize(k, dim=-1), torch.rand(2, 130, 2)
+    scale = {"none": 0.0, "strong": -30.0, "mixed": -30.0}[decay]
+    a, wide_a = torch.full_like(a, scale), torch.full_like(k, scale)
+    if decay == "mixed":
+        a[:, ::2], wide_a[..., ::2] = 0, 0
+    for form, step, operands in (
+            (ssd_kernel.channel_chunked, ssd_kernel.channel_step, (q, k, v, wide_a)),
+            (ssd_kernel.delta_rule, ssd_kernel.delta_step, (q, k, v, a, b))):
+        want, S_t = [], S.double()
+        for t in range(130):
+            y_t, S_t = step(*(x[:, t].double() for x in operands), S_t)
+            want.append(y_t)
+        leaves = [x.clone().requires_grad_() for x in operands]
+        y, last = form(*leaves, initial_state=S, return_final_state=True)
+        assert rel(y, torch.stack(want, 1)) < 1e-5 and rel(last, S_t) < 1e-5
+        assert all(x.isfinite().all() for x in torch.autograd.grad(y.sum(), leaves))
+
+
+@pytest.mark.parametrize("i, f", [(0, 0), (300, 0), (-300, 0), (0, -300), (0, 300), (300, -300)])
+def test_mlstms_stabiliser_holds_any_gates(i, f):
+    mixer = random_mixer("mlstm", dtype=torch.float32)
+    q, k, v, gates, _ = inputs(L=130, H=2, G=2, N=4, P=6, dtype=torch.float32, decay=6.0)
+    operands = [q.abs(), k.abs(), v,            # |q n| far from 0, which y is divided by
+                torch.nn.functional.logsigmoid(gates + 3 + f), gates.flip(1) + 3 + i]
+    leaves = [x.clone().requires_grad_() for x in operands]
+    y, *_ = mixer.mix(leaves)
+    state, want = mixer.double().initial_state(2)[1:], []
+    for t in range(130):
+        y_t, *state = mixer.mix([x[:, t:t + 1].double() for x in operands], *state)
+        want.append(y_t)
+    # Far out, e^(i - m) is the exponential of a difference of hundreds: 300 * 6e-8 is 2e-5. y is a
+    # mean of v, or less, down to nothing.
+    assert (y - torch.cat(want, 1)).abs().max() < 1e-4 * v.abs().max()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(y.sum(), leaves))
+
+
+@pytest.mark.parametrize("name", list(model_ssm.MIXERS)[1:])
+def test_every_mixer_writes_as_it_reads_and_leaves_no_trace_of_padding(name, monkeypatch):
+    monkeypatch.setattr(model_ssm, "PREFILL", 64)
+    student = SSM.from_teacher(random_teacher(), (1,), "qkv", mixer=name).double()
+    prompts = prompts_of_unequal_lengths()
+    together = student.generate(prompts, 10)
+    alone = [student.generate(prompt[None], 10)[0] for prompt in prompts]
+    assert all(map(torch.equal, together, alone))
+    with torch.no_grad():
+        assert torch.equal(student.logits(alone[1][None])[0, 199:-1].argmax(-1), alone[1][200:])
+    pure, tokens = SSM.from_teacher(random_teacher(), mixer=name), some_tokens(3, 30)
+
+    def capture(work):                          # see test_a_captured_step_is_the_step
+        for _ in range(3):
+            out = work()
+        return (lambda: out.copy_(work())), out
+
+    with torch.no_grad():
+        _, state = pure.read(tokens)
+        plain, graph = pure.stepper(state), pure.stepper(state, capture)
+        for token in some_tokens(3, 10, seed=1).T:
+            assert rel(graph(token), plain(token)) < 1e-6
+
+
+@pytest.mark.parametrize("name", list(model_ssm.MIXERS)[1:])
+def test_every_mixer_is_saved_and_comes_back_bit_for_bit(tmp_path, name):
+    student = SSM.from_teacher(random_teacher(), (1,), mixer=name)
+    student.save_pretrained(tmp_path / "model")
+    again = SSM.from_pretrained(tmp_path / "model")
+    assert again.config == student.config and type(again.layers[0].mixer).__name__ != "Mamba2"
+    assert torch.equal(again.logits(some_tokens()), student.logits(some_tokens()))
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["Block3"]["CoreType"] = "modules.mixers.unheard_of"
+    with pytest.raises(UsageError, match="unheard_of"):
+        model_ssm.read_config(config)
+
+
+def test_mamba2s_config_says_nothing_of_other_mixers():
+    config = model_ssm.write_config(Config(attn_layers=(1,)))
+    assert "mixer" not in json.dumps(config["shapes"])
+    assert config["Block1"]["CoreType"] == "modules.mixers.discrete_mamba2"
+    with pytest.raises(UsageError, match="no mixer mamba3: choose among mamba2, linear"):
+        SSM(Config(mixer="mamba3"))
+
+
+@pytest.mark.parametrize("name", model_ssm.MIXERS)
+def test_every_mixer_starts_as_init_says(name):
+    teacher = random_teacher()
+    theirs = {rename(key): w for key, w in teacher.model.state_dict().items()}
+    for init in ("mohawk", "qkv", "random"):
+        student = SSM.from_teacher(teacher, init=init, mixer=name)
+        for key, w in student.state_dict().items():
+            assert ".mixer." in key or torch.equal(w, theirs[key])
+        mixer, prefix = student.layers[1].mixer, "backbone.layers.1.mixer.self_attn."
+        v, k, q, z, _ = mixer.in_proj.weight.split(mixer.sizes)
+        copied = [torch.equal(ours, scale * theirs[f"{prefix}{proj}.weight"]) for ours, proj, scale
+                  in ((v, "v_proj", 1), (k, "k_proj", 1), (q, "q_proj", 8 ** -0.5),
+                      (mixer.out_proj.weight, "dense", 1))]
+        assert copied == [init == "qkv", init == "qkv" and name != "metala"] + [init == "qkv"] * 2
+        assert (init == "random") == bool((z != 0).any()) == bool((mixer.conv1d.weight[..., -1] != 1
+                                                                  ).any())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("name", list(model_ssm.MIXERS)[1:])
+def test_every_mixer_learns_in_every_stage_and_moves_what_its_row_says(name, stage, data_folder):
+    teacher = random_teacher()
+    student = SSM.from_teacher(teacher, (1,), mixer=name)
+    before, scratch = {n: p.clone() for n, p in student.state_dict().items()}, Scratch(
+        "--tokens", "2560", "--lr", "3e-3", "--mixer", name, stage=stage)
+    distill.train("test", *distill.STAGES[stage], student, teacher, Tokens(data_folder), 0,
+                  scratch, scratch.plan)
+    lefts = [event["left"] for event in scratch.events]
+    assert len(lefts) == 20 and np.mean(lefts[-5:]) < lefts[0]
+    for key, after in student.state_dict().items():
+        ours, same = key.startswith(("backbone.layers.0.mixer", "backbone.layers.2.mixer")), None
+        if stage == 1 and ours and "conv1d" in key:
+            same = torch.equal(after[:32], before[key][:32])            # v's channels
+        elif stage == 1 and ours and key.endswith("in_proj.weight"):
+            sizes = student.layers[0].mixer.sizes
+            moved = [not torch.equal(x, y) for x, y in
+                     zip(after.split(sizes), before[key].split(sizes), strict=True)]
+            assert moved == [False, True, True, False, sizes[-1] > 0]
+        else:
+            expected = {1: ours and ("in_proj" in key or key.endswith("mixer.D")),
+                        2: ours, 3: True}[stage]
+            same = torch.equal(after, before[key]) != expected
+        assert same is not False, key
+
+
+@pytest.mark.parametrize("name", list(model_ssm.MIXERS)[1:])
+def test_every_mixer_has_a_plan(name, teacher_folder, capsys):
+    distill.main(["--preset", "tiny", "--teacher", str(teacher_folder), "--mixer", name,
+                  "--context", "32", "--batch", "32", "--micro_batch", "1", "--plan", "H100"])
+    assert capsys.readouterr().out.count("parameters learn") == 3
+
+
+def test_a_run_remembers_its_mixer(tmp_path, teacher_folder, data_folder, capsys):
+    command = flags(tmp_path / "run", teacher_folder, data_folder, "--tokens", "512", "--stage")
+    distill.main([*command, "2", "--mixer", "gated_deltanet"])
+    assert ", mixer gated_deltanet, init qkv | " in capsys.readouterr().out
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["arguments"]["mixer"] == "gated_deltanet"
+    with pytest.raises(UsageError, match="has gated_deltanet mixers, --mixer asks for mamba2"):
+        distill.main([*command, "3"])
+    with pytest.raises(UsageError, match="--init fit is for --mixer mamba2"):
+        distill.main([*command, "3", "--init", "fit", "--mixer", "gla"])
+
+
+def test_the_operators_are_those_of_flash_linear_attention():
+    pytest.importorskip("fla")
+    from fla.ops.delta_rule.naive import delta_rule_recurrence
+    from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
+    from fla.ops.gla.naive import naive_recurrent_gla
+    from fla.ops.linear_attn.naive import naive_recurrent_linear_attn
+    from fla.ops.retention.naive import naive_retention
+
+    def turned(*tensors):                       # (B, L, H, N) <-> (B, H, L, N)
+        return (x.transpose(1, 2) for x in tensors)
+
+    theirs = {  # these scale q by N^(-1/2), ours do not
+        "linear": lambda q, k, v, a: naive_recurrent_linear_attn(q, k, v, normalize=True)[0],
+        "retnet": lambda q, k, v, a: next(turned(naive_retention(*turned(2 * q, k, v)))),
+        "gla": lambda q, k, v, a: naive_recurrent_gla(2 * q, k, v, a)[0],
+        "metala": lambda q, k, v, a: naive_recurrent_gla(2 * q, k, v, a)[0],
+        "deltanet": lambda q, k, v, a, b: next(turned(
+            delta_rule_recurrence(*turned(2 * q, k, v, b))[0])),
+        "gated_deltanet": lambda q, k, v, a, b: naive_recurrent_gated_delta_rule(
+            2 * q, k, v, b, a)[0]}
+    for name, reference in theirs.items():      # they compute in fp32: 70 steps of 6e-8
+        mixer = random_mixer(name, dtype=torch.float32)
+        with torch.no_grad():
+            *operands, _, _ = mixer.project(torch.randn(2, 70, 16))
+            error = rel(mixer.mix(operands)[0], reference(*operands))
+        print(f"{name}: {error:.1e} from fla's")
+        assert error < 1e-5, name
+
+
+# -----------------------------------------------------------------------------
 # the programs, run as a user runs them, on a random teacher
 
 def flags(out, teacher, data, *more):
@@ -1704,7 +2001,8 @@ def test_a_fitted_student_reaches_as_far_as_its_teacher_and_no_scale_is_better(d
     student = SSM.from_teacher(teacher, (1,), "qkv")
     distill.fit_matrices(student, teacher, tokens, decays=True)
     for i, u in teacher.inputs(tokens, only=student.ssm_layers):
-        a = student.factors(i, u)[2].mean((0, 1))                                   # (H)
+        layer = student.layers[i]
+        a = layer.mixer.project(layer.input_layernorm(u))[3].mean((0, 1))           # (H)
         M = teacher.matrix(i, u)                                                    # (B, H, L, L)
         far = sum(M[:, :, t, j] * (t - j) for t in range(32) for j in range(t)).mean(0) / 32
         assert rel(-1 / a, far) < 0.1
