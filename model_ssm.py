@@ -206,7 +206,7 @@ class Mamba2(nn.Module):
         return y, state and (last_inputs(before, vkq, real), *S)
 
     def mix(self, operands, S=None):
-        """operands (B, L, ...) after the state S -> y (B, L, H, P), the next state; None: as is"""
+        """What the operator takes, after the state S -> y (B, L, H, P), the next state, if any"""
         if S is None:
             return self.operator(*operands), None
         if operands[0].shape[1] == 1:
@@ -220,10 +220,7 @@ class Mamba2(nn.Module):
         return mixing_matrix(q, k, a) + torch.diag_embed(self.D[:, None].expand(-1, h.shape[1]))
 
     def orientation(self, h, *teachers):
-        """-> distance of this matrix from softmax(q_t k_t^T scale), and the size of that one
-
-        teachers: q_t, k_t, scale
-        """
+        """-> the distance of this matrix from the teacher's, and the size of that one"""
         q, k, _, a, _, _ = self.project(h)
         return orientation_loss(*teachers, q, k, a, self.D, return_size=True)
 
@@ -331,7 +328,7 @@ class AttentionMixer(nn.Module):
 # is the operators, and all can start from a copy of the teacher's q, k and v.
 #
 # [3] RetNet, arXiv 2307.08621    [4] linear attention, 2006.16236    [5] xLSTM, 2405.04517
-# [6] GLA, 2312.06635    [7] MetaLA, 2411.10741    [8] DeltaNet, 2406.06484
+# [6] MetaLA, 2411.10741    [7] GLA, 2312.06635    [8] DeltaNet, 2406.06484
 # [9] Gated DeltaNet, 2412.06464
 
 class RetNet(Mamba2):
@@ -400,8 +397,8 @@ class MLSTM(Linear):
             kept = F.pad(f.double().cumsum(1), (0, 0, 1, 0))                    # (B, 1 + L, H)
             before = torch.zeros_like(kept[:, :1]) if m is None else m[:, None]
             m = kept + torch.cat([before, i.clamp_min(0) - kept[:, 1:]], 1).cummax(1).values
-            fall = torch.minimum(m[:, :-1] - m[:, 1:], -f)                      # rounding, f + fall
-            m = m[:, 1:].to(f.dtype)                                            # is not above 0
+            fall = torch.minimum(m[:, :-1] - m[:, 1:], -f)      # no rounding brings a above 0
+            m = m[:, 1:].to(f.dtype)
         k = (k * (i - m).exp()[..., None]).to(k.dtype)
         y, S = Mamba2.mix(self, (q, k, F.pad(v, (0, 1), value=1.0), f + fall.to(f.dtype)), S)
         least = (-m).exp()[..., None].to(y.dtype)
@@ -412,11 +409,24 @@ class MLSTM(Linear):
         return before, S, S.new_zeros(S.shape[:2])
 
 
-class GLA(InFull):
-    """Gated linear attention [6]: each channel of k forgets at a rate of its own, read off h by a
-    gate of low rank; a sixteenth of its log."""
-    gates = staticmethod(lambda config: 16)
+class MetaLA(InFull):
+    """MetaLA [6]: each channel of k forgets at a rate of its own, and writes what it forgets.
+
+    S_t = diag(e^(a_t)) S_(t-1) + (1 - e^(a_t)) v_t^T, where a, the log of a sigmoid over 16, has
+    k's place in in_proj.
+    """
+    gates, has_keys = staticmethod(lambda config: 0), False
     operator, operator_step = staticmethod(channel_chunked), staticmethod(channel_step)
+
+    def operands(self, q, gate, v, _):
+        a = F.logsigmoid(gate.to(wide(gate.dtype))) / 16
+        q, a = (per_head(x, v.shape[2]) for x in (q, a))                            # (B, L, H, N)
+        return q, -torch.expm1(a), v, a
+
+
+class GLA(MetaLA):
+    """Gated linear attention [7]: the same with a k of its own, and the gate of low rank."""
+    gates, has_keys = staticmethod(lambda config: 16), True
 
     def __init__(self, config):
         super().__init__(config)
@@ -427,22 +437,9 @@ class GLA(InFull):
         self.in_proj_gate.reset_parameters()
 
     def operands(self, q, k, v, gates):
-        return self.per_channel(q, k, v, self.in_proj_gate(gates).unflatten(-1, k.shape[2:]))
-
-    @staticmethod
-    def per_channel(q, k, v, gate):
-        a = F.logsigmoid(gate.to(wide(gate.dtype))) / 16
-        return tuple(per_head(x, v.shape[2]) for x in (q, k, v, a))
-
-
-class MetaLA(InFull):
-    """MetaLA [7]: a channel of k writes what it forgets, k = 1 - e^a. The gate has k's place."""
-    gates, has_keys = staticmethod(lambda config: 0), False
-    operator, operator_step = staticmethod(channel_chunked), staticmethod(channel_step)
-
-    def operands(self, q, gate, v, _):
-        q, _, v, a = GLA.per_channel(q, gate, v, gate)
-        return q, -torch.expm1(a), v, a
+        gate = self.in_proj_gate(gates).unflatten(-1, k.shape[2:])                  # (B, L, G, N)
+        q, _, v, a = super().operands(q, gate, v, None)
+        return q, per_head(k, v.shape[2]), v, a
 
 
 class DeltaNet(InFull):
@@ -493,9 +490,6 @@ class Block(nn.Module):
             return u + mixed + self.mlp(h), state
         u = u + mixed
         return u + self.mlp(self.post_attention_layernorm(u)), state
-
-    def matrix(self, u):
-        return self.mixer.matrix(self.input_layernorm(u))
 
     def orientation(self, u, *teachers):
         return self.mixer.orientation(self.input_layernorm(u), *teachers)
@@ -607,11 +601,12 @@ class SSM(nn.Module, Writer):
 
     def matrix(self, i, u):
         """u (B, L, D) -> M + diag D (B, H, L, L) of SSM layer i: stage 1's question, in full"""
-        return self.layers[i].matrix(u)
+        layer = self.layers[i]
+        return layer.mixer.matrix(layer.input_layernorm(u))
 
     def orientation(self, i, u, *teachers):
-        """|| matrix(i, u) - softmax(q_t k_t^T scale) ||_F, mean over batch and heads; and how large
-        the second one is. teachers: q_t, k_t, scale, see orientation_loss"""
+        """teachers: q_t, k_t, scale -> the distance of matrix(i, u) from softmax(q_t k_t^T scale),
+        and the size of the latter, both as orientation_loss has them"""
         return self.layers[i].orientation(u, *teachers)
 
     # generation ----------------------------------------------------------------

@@ -1801,6 +1801,22 @@ def test_every_mixer_writes_as_it_reads_and_leaves_no_trace_of_padding(name, mon
             assert rel(graph(token), plain(token)) < 1e-6
 
 
+# bf16 has 8 bits, 0.4% a number, some of them one after the other; mLSTM divides by a q n that may
+# be near 0, which makes a large share of a small error.
+@pytest.mark.parametrize("name", model_ssm.MIXERS)
+def test_every_mixer_computes_in_bf16_and_keeps_its_state_in_fp32(name):
+    mixer, h = random_mixer(name, dtype=torch.float32), torch.randn(2, 70, 16)
+    with torch.no_grad():
+        want = mixer(h)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert rel(mixer(h)[0], want) < (0.2 if name == "mlstm" else 0.03)
+        y, (_, *state) = mixer.bfloat16()(h.bfloat16(), mixer.initial_state(2))
+        step, (_, *after) = mixer(h[:, :1].bfloat16(), mixer.initial_state(2))
+    assert rel(y, want) < (0.2 if name == "mlstm" else 0.03) and y.dtype == step.dtype
+    assert rel(step, y[:, :1]) < 0.03
+    assert all(S.dtype == torch.float32 for S in (*state, *after))
+
+
 @pytest.mark.parametrize("name", list(model_ssm.MIXERS)[1:])
 def test_every_mixer_is_saved_and_comes_back_bit_for_bit(tmp_path, name):
     student = SSM.from_teacher(random_teacher(), (1,), mixer=name)
@@ -2658,7 +2674,8 @@ def torchrun(processes, *command):
             "--master_port", str(29500 + os.getpid() % 1000), str(HERE / "distill.py"), *command]
 
 
-@pytest.mark.parametrize("more", [(), ("--fsdp",)], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("more", [(), ("--fsdp",), ("--fsdp", "--mixer", "gla")],
+                         ids=["ddp", "fsdp", "fsdp, another mixer"])
 def test_two_processes_distil_as_one_does(tmp_path, teacher_folder, data_folder, more):
     # Batches of 256 tokens are 8 windows, 4 for each of two processes, in micro-batches of 2: the
     # sums of one process, in another order. In fp32 that is 6e-8 a step, which the steps amplify.
