@@ -17,6 +17,7 @@ decay is read off the input h (B, L, D).
                    +-- a = -softplus(A_log) ------------^                       |
                    +-- z -------------------------- silu(z + z_bias) -----------+
 
+Seven other mixers stand below a ruler of their own; the same wrapper, another operator (--mixer).
 Parameter names and config.json are those of the published goombalab/Phi-Mamba, so its weights load
 as they are.
 It leaves out: dropout, and any initialisation for training at scale from nothing.
@@ -148,8 +149,8 @@ def causal_conv(x, weight, bias, before=None):
 class Mamba2(nn.Module):
     """Discrete Mamba-2: all that attention does here, with a state of N x P numbers per head."""
     operator, operator_step = staticmethod(ssd), staticmethod(ssd_step)
-    gates = staticmethod(lambda config: config.n_head)      # how many: here an A_log for each head
-    has_keys = True                                         # k is a projection of its own
+    gates = staticmethod(lambda config: config.n_head)      # how many rows: an A_log for each head
+    has_keys = True                                         # a projection, as the teacher's are
 
     def __init__(self, config):
         super().__init__()
@@ -179,6 +180,7 @@ class Mamba2(nn.Module):
         """h (B, L, D) -> q, k, v, a, z and the conv's input
 
         q, k (B, L, G, N)   v (B, L, H, P)   a (B, L, H) <= 0   z (B, L, H P)
+        of another mixer: what its operator takes, z, and the conv's input
         """
         c = self.config
         vkq, z, gates = self.in_proj(h).split([sum(self.sizes[:3]), *self.sizes[3:]], dim=-1)

@@ -325,7 +325,8 @@ def carry(fade, writes, S, order):
 
 # -----------------------------------------------------------------------------
 # beside it, for the mixers of the study: a decay for each channel of k, and the delta rule. Each
-# step is the definition; its chunked form is plain PyTorch and its autograd, in fp32 or wider.
+# step is the definition; its chunked form is plain PyTorch and its autograd, in fp32 or wider, for
+# one document a row.
 
 def channel_step(q, k, v, a, S):
     """S_t = diag(e^(a_t)) S_(t-1) + k_t v_t^T      y_t = q_t S_t
@@ -350,7 +351,7 @@ def channel_chunked(q, k, v, a, initial_state=None, return_final_state=False, ch
       |   2   1 =                     =  i is j: nothing fades
       v   3   2 2 =                   1, 2, 4  the width of the halves: one product for each block
           4   2 2 1 =
-          5   4 4 4 4 =               what is left of the chunk comes through the state, steps 2-4
+          5   4 4 4 4 =               what is before the chunk comes through a state, by steps 2-4
           6   4 4 4 4 1 =             of ssd_chunked
           7   4 4 4 4 2 2 =
           8   4 4 4 4 2 2 1 =
@@ -403,8 +404,8 @@ def delta_step(q, k, v, a, b, S):
 def delta_rule(q, k, v, a, b, initial_state=None, return_final_state=False, chunk=32):
     """The same for q, k (B, L, H, N), v (B, L, H, P), a, b (B, L, H): u by chunks, then ssd.
 
-    In a chunk with S at its door, u_i = b_i (v_i - e^(A_i) k_i S - sum_(j<i) M[i,j] u_j), where
-    M[i,j] = (k_i . k_j) e^(A_i - A_j): a triangular system, whose answer is u = U - K S.
+    In a chunk with S at its door, u_i = b_i (v_i - e^(A_i) k_i S) - sum_(j<i) M[i,j] u_j, where
+    M[i,j] = b_i (k_i . k_j) e^(A_i - A_j): a triangular system, whose answer is u = U - K S.
     """
     (B, L, H, P), N = v.shape, q.shape[-1]
     S = v.new_zeros(B, H, N, P, dtype=wide(v.dtype)) if initial_state is None else initial_state
