@@ -19,7 +19,7 @@ out/<run>/log.jsonl, one object per line; the table at the end also to out/<run>
 that was stopped or killed goes on when the same command is given again, and ends with the same
 weights.
 
-[1] MOHAWK, arXiv 2408.10189
+[1] MOHAWK, arXiv 2408.10189    [2] objectives for shallower students, arXiv 2310.08797
 """
 import argparse
 import atexit
@@ -30,11 +30,13 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import platform
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -63,12 +65,22 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from model_ssm import MIXERS, SSM, Config, UsageError, shapes_of
-from model_teacher import TINY, Teacher, architecture, compare, train_tiny
-from prepare import Parser, Stream, Tokenizer, Tokens, count, load_or_prepare, run_program
+from model_ssm import MIXERS, SSM, Config, UsageError, shapes_of, sources
+from model_teacher import (
+    TINY,
+    Teacher,
+    Tokenizer,
+    architecture,
+    compare,
+    pass_keys,
+    retrieval,
+    train_tiny,
+)
+from prepare import Parser, Stream, Tokens, count, load_or_prepare, run_program
 from ssd_kernel import ssd_path
 
 LOGITS_AT_ONCE = 2**26      # entries of a (tokens, V) map that stage 3 makes at once, in fp32
+RELATIONS_AT_ONCE = 256     # rows of a (L, L) map that `relations` makes at once
 
 
 # -----------------------------------------------------------------------------
@@ -128,10 +140,75 @@ def next_tokens(student, teacher, tokens):
     yield loss, loss.detach() / math.log(logits.shape[-1])
 
 
+# -----------------------------------------------------------------------------
+# what stage 2 may ask instead ([2], for students of fewer layers): --objective
+
+def hidden_states(student, teacher, tokens, layer_map="uniform"):
+    """hidden states: each layer, from the tokens on, says what its layers of the teacher say"""
+    ours, theirs = student.outputs(tokens), teacher.outputs(tokens)         # (B, L, D) each
+    pairs = LAYER_MAPS[layer_map](len(ours), len(theirs))
+    gap = sum((ours[i] - theirs[t]).float().square().mean() for i, t in pairs) / len(pairs)
+    own = sum(theirs[t].float().square().mean() for _, t in pairs) / len(pairs)
+    yield gap, gap.detach() / own
+
+
+LAYER_MAPS = {  # of a student of S layers and a teacher of T: which is to say what which one says
+    "last": lambda S, T: [(S - 1, T - 1)],
+    "uniform": lambda S, T: list(enumerate(sources(S, T))),
+    # the teacher's layers from the one that the layer before ends with on, k = T / S rounded up
+    "uniform_consecutive": lambda S, T: [
+        (i, t) for i in range(S) for k in [-(-T // S)] for t in range(k * i - 1, k * (i + 1))
+        if 0 <= t < T],
+    "uniform_last": lambda S, T: list(enumerate(sources(S, T))) + [
+        (i, T - S + i) for i in range(S)],
+}
+
+
+def relations(student, teacher, tokens, relation_layer=None, relation_heads=None):
+    """self-attention relations: the last layer's q, and k, and v, are alike as the teacher's are"""
+    if student.config.n_layer - 1 in student.config.attn_layers:
+        raise UsageError("--objective mha asks the last layer's mixer, and that keeps attention")
+    n_layer = len(teacher.decoder.layers)
+    layer = max(0, n_layer - 2) if relation_layer is None else relation_layer
+    if not 0 <= layer < n_layer:
+        raise UsageError(f"--relation_layer {layer}: the teacher has layers 0 to {n_layer - 1}")
+    total = silence = 0
+    for ours, theirs in zip(student.heads(tokens), teacher.heads(layer, tokens), strict=True):
+        A = relation_heads or theirs.shape[-1] // 16
+        if theirs.shape[-1] % A or ours.shape[-1] % A:
+            raise UsageError(f"--relation_heads {A} does not divide the teacher's "
+                             f"{theirs.shape[-1]} channels, or the student's {ours.shape[-1]}")
+        for start in range(1, tokens.shape[1], RELATIONS_AT_ONCE):      # row 0 sees only itself
+            part = checkpoint(relation_gap, ours, theirs, A, start, use_reentrant=False)
+            total, silence = total + part[0] / A, silence + part[1] / A
+    rows = 3 * len(tokens) * (tokens.shape[1] - 1)
+    yield total / rows, total.detach() / silence
+
+
+def relation_gap(ours, theirs, heads, start):
+    """x (B, L, C) -> sums over the rows from `start` on of R = softmax(x x^T / sqrt(C / heads)),
+    causal, in `heads` parts of C: KL(R of theirs || R of ours), KL(R of theirs || uniform)"""
+    rows, log_R = slice(start, start + RELATIONS_AT_ONCE), []
+    L = theirs.shape[1]
+    future = torch.arange(L, device=ours.device) > torch.arange(L, device=ours.device)[rows, None]
+    for x in (ours, theirs):
+        x = x.float().unflatten(-1, (heads, -1)).transpose(1, 2)            # (B, A, L, C / A)
+        scores = x[:, :, rows] @ x.mT / x.shape[-1] ** 0.5                  # (B, A, rows, L)
+        log_R.append(scores.masked_fill(future, -torch.inf).log_softmax(-1))
+    # Where the future is, both are 0 and their logs are not: 0 log 0 = 0.
+    (log_ours, log_theirs), p = (x.masked_fill(future, 0) for x in log_R), log_R[1].exp()
+    uniform = -(~future).sum(-1, keepdim=True).log()
+    return (p * (log_theirs - log_ours)).sum(), (p * (log_theirs - uniform)).sum()
+
+
 STAGES = {  # number: (loss, the parameters that learn, by a part of their name)
     1: (matrices, ("mixer.in_proj", "mixer.conv1d", "mixer.D")),
     2: (blocks, ("mixer.",)),
     3: (predictions, ("everything",)),
+}
+OBJECTIVES = {
+    "od": (predictions, ("everything",)), "hs": (hidden_states, ("everything",)),
+    "mha": (relations, ("everything",)), "matrix": STAGES[1],
 }
 PRESETS = {  # what, and how much; one value for each stage, or one for all
     "phi": dict(
@@ -553,7 +630,7 @@ def recipe_of(args, teacher, data):
     devices is not part of it."""
     apart = ("out", "device", "fresh", "recompute", "save_minutes", "preset", "recipe", "tokens",
              "batch", "lr", "plans", "micro_batch", "stage", "fsdp", "compile", "plan", "bench",
-             "world")
+             "world", "study", "seeds")
     plans = {f"stage {stage} {key}": value for stage, plan in args.plans.items()
              for key, value in vars(plan).items() if key != "micro_batch"}
     return {key: value for key, value in vars(args).items() if key not in apart} | plans | {
@@ -627,16 +704,17 @@ def shard_student(student):
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     for layer in student.layers:
         fully_shard(layer)
-        register_fsdp_forward_method(layer, "orientation")
+        for question in ("orientation", "heads"):
+            register_fsdp_forward_method(layer, question)
     fully_shard(student)
-    for question in ("orientation", "block", "hidden", "head"):
+    for question in ("orientation", "block", "hidden", "head", "outputs", "heads"):
         register_fsdp_forward_method(student, question)
 
 
 def shard_teacher(teacher):
     head = teacher.model.lm_head                    # frozen, so it may be untied
     head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
-    for part in (teacher.decoder.embed_tokens, *teacher.layers, teacher.final_norm, head):
+    for part in (teacher.decoder.embed_tokens, *teacher.decoder.layers, teacher.final_norm, head):
         fully_shard(part)
 
 
@@ -706,6 +784,9 @@ def starting_student(stage, run, teacher, previous, tokens):
             raise UsageError(f"{folder} was distilled from {about.get('teacher')}, whose weights "
                              f"are not those of {teacher.name}: choose another --out, or run the "
                              "stages before it again")
+        if student.config.n_layer != len(teacher.layers):
+            raise UsageError(f"{folder} has {student.config.n_layer} layers, this run asks for "
+                             f"{len(teacher.layers)}: choose another --out, or --n_layer")
         asked = layer_numbers(args.attn_layers, len(teacher.layers))
         if args.attn_layers is not None and asked != student.config.attn_layers:
             raise UsageError(f"{folder} keeps attention in layers {student.config.attn_layers}, "
@@ -730,7 +811,8 @@ def copy_of_teacher(args, teacher, tokens):
     torch.manual_seed(args.seed)
     layers = kept_attention(args, len(teacher.layers))
     fitted = args.init in ("fit", "distance")
-    student = SSM.from_teacher(teacher, layers, "qkv" if fitted else args.init, mixer=args.mixer)
+    student = SSM.from_teacher(teacher, layers, "qkv" if fitted else args.init,
+                               mixer=args.mixer, n_layer=len(teacher.layers))
     if fitted:
         fit_matrices(student.to(tokens.device), teacher, tokens, args.init == "distance")
     return student
@@ -804,6 +886,8 @@ def read_about(folder):
 
 def main(arguments=None):
     args = parse(arguments)
+    if args.study:
+        return study(args, sys.argv[1:] if arguments is None else arguments)
     if args.plan is not None:
         return show_plan(args)
     run, total = Run(args), sum(plan.tokens for plan in args.plans.values())
@@ -817,14 +901,14 @@ def main(arguments=None):
             same_for_all = argparse.Namespace(**vars(args) | {"seed": 0})
             train_tiny(open_data(same_for_all, tokenizer)[0], tokenizer, run.log,
                        args.teacher_tokens, run.device, run.autocast)
-    teacher = Teacher.load(args.teacher, run.device, run.dtype)
+    teacher = Teacher.load(args.teacher, run.device, run.dtype).at(args.n_layer)
     if teacher.config.vocab_size < tokenizer.vocab_size:
         raise UsageError(f"the data has a {tokenizer.vocab_size:,}-word vocabulary, the teacher "
                          f"only {teacher.config.vocab_size:,}: prepare it with its own tokenizer")
     parameters = sum(p.numel() for p in teacher.model.parameters())
-    print(f"teacher {teacher.name}: {parameters:,} parameters, {len(teacher.layers)} layers | "
-          f"data {where}" + ("" if args.stream else f": {len(data):,} tokens, this run reads "
-                             f"{total / len(data):.2f} of it"))
+    print(f"teacher {teacher.name}: {parameters:,} parameters, {len(teacher.decoder.layers)} "
+          f"layers | data {where}" + ("" if args.stream else f": {len(data):,} tokens, this run "
+                                      f"reads {total / len(data):.2f} of it"))
     few = data.batch(0, 8, args.context)[:, :-1].to(run.device)     # (8, L)
     saved = run.saved
     saved.look(recipe_of(args, teacher, data), args.fresh)
@@ -867,7 +951,7 @@ def main(arguments=None):
 def distil(stage, student, about, teacher, data, windows, run):
     """One stage, from the student at its start to its folder. about: what came before"""
     (losses, parts), plan = stage_of(stage, run.args), run.args.plans[stage]
-    print(f"\nstage {stage} of 3 | {STAGES[stage][0].__doc__}")
+    print(f"\nstage {stage} of 3 | {doc_of(losses)}")
     run.flops = useful(run.cost(losses, parts, student.config, teacher.config, plan))
     with stopping(run):
         seconds = train(f"stage {stage}", losses, parts, student, teacher, data,
@@ -905,11 +989,16 @@ def make_ready(model, shard, args):
 
 def stage_of(stage, args):
     """A row of STAGES as the command line asks for it: stage 3's loss has options"""
-    losses, parts = STAGES[stage]
-    if losses is predictions:
-        losses = functools.partial(losses, loss=args.loss, temperature=args.temperature,
-                                   hard_weight=args.hard_weight)
+    losses, parts = OBJECTIVES[args.objective] if stage == 2 and args.objective else STAGES[stage]
+    options = {predictions: ("loss", "temperature", "hard_weight"), hidden_states: ("layer_map",),
+               relations: ("relation_layer", "relation_heads")}.get(losses, ())
+    if options:
+        losses = functools.partial(losses, **{name: getattr(args, name) for name in options})
     return losses, ("mixer.",) if args.train == "mixer" else parts
+
+
+def doc_of(losses):
+    return getattr(losses, "func", losses).__doc__
 
 
 def controls(run, teacher, data, windows, few, tokens):
@@ -921,7 +1010,7 @@ def controls(run, teacher, data, windows, few, tokens):
     for name, losses in names.items():
         if name in run.saved.rows:
             continue
-        print(f"\n{name} | {getattr(losses, 'func', losses).__doc__}")
+        print(f"\n{name} | {doc_of(losses)}")
         student = copy_of_teacher(run.args, teacher, few)
         if losses is next_tokens:
             student = SSM(student.config)
@@ -1026,6 +1115,7 @@ def fake_step(losses, parts, config, hf, plan, args, gpu, bf16):
     """One micro-batch of a student `config` and a teacher `hf` -> FLOPs and bytes, by part"""
     with FakeTensorMode():
         teacher = Teacher.random(hf, dtype=torch.bfloat16 if gpu else torch.float32)
+        teacher = teacher.at(config.n_layer)
         student = SSM(config)
         student.recompute = args.recompute
         learn = choose_learners(student, parts)
@@ -1064,6 +1154,10 @@ def bytes_of_moments(p, optimizer):
 def cost(losses, parts, config, hf, plan, args, gpu, bf16):
     """What fake_step says of the whole model, from models of two and of three layers: all layers of
     a kind cost the same. "gathered bytes": what FSDP2 holds beside its shards."""
+    if args.objective or config.n_layer < hf.num_hidden_layers:     # small ones, as they are
+        costs = fake_step(losses, parts, config, hf, plan, args, gpu, bf16)
+        return costs | {"gathered bytes": 0}
+
     def measured(n, *attn_layers):
         small = copy.deepcopy(hf)
         small.num_hidden_layers = n
@@ -1089,8 +1183,9 @@ def useful(costs):
 def show_plan(args):
     """--plan: what each stage would take. No weights are read, no data, and no GPU is needed."""
     hf = architecture(args.teacher)
+    n_layer = args.n_layer or hf.num_hidden_layers
     config = Config(**shapes_of(hf, Teacher.random(hf, "meta").inv_freq) | {
-        "attn_layers": kept_attention(args, hf.num_hidden_layers), "mixer": args.mixer})
+        "n_layer": n_layer, "attn_layers": kept_attention(args, n_layer), "mixer": args.mixer})
     device, bf16, _ = choose_device(args.device, args.fp32)
     if args.plan in GPUS:
         device, bf16 = "cuda", True
@@ -1129,7 +1224,7 @@ def show_plan(args):
 def bench(run):
     """--bench: each stage timed on random tokens, with a random teacher of this architecture"""
     hf = architecture(run.args.teacher)
-    teacher = Teacher.random(hf, run.device, run.dtype)
+    teacher = Teacher.random(hf, run.device, run.dtype).at(run.args.n_layer)
     make_ready(teacher, shard_teacher, run.args)
     names = ("teacher", "student", "backward", "optimizer", "step", "tok/s", "mfu", "GB", "planned")
     print("\n| stage " + "".join(f"| {name:>9} " for name in names) + "|\n|-------"
@@ -1195,6 +1290,79 @@ def works_of(stage, student, teacher, ask, tokens, autocast):
 
 
 # -----------------------------------------------------------------------------
+# the studies: --study runs a grid of runs like any other, each with several seeds, and tabulates
+# what came of them. A finished cell is not run again.
+
+STUDIES = {  # name: {cell: its flags}
+    "objectives": {
+        "od": "--objective od --lr 1e-3 1e-3",
+        **{f"hs {name}": f"--objective hs --layer_map {name} --lr 1e-3 1e-3"
+           for name in LAYER_MAPS},
+        "mha": "--objective mha --lr 1e-3 1e-3",
+        "matrix": "--objective matrix --lr 2e-3 1e-3",
+    },
+}
+STUDIED = {  # what all cells of a study share; the command line may say otherwise
+    "objectives": "--preset tiny --n_layer 2 --init qkv --tokens 0.15e6 0.35e6 --eval_tokens 32768",
+}
+
+
+def study(args, arguments):
+    """All cells of args.study, and results/study-<name>.md at the end"""
+    skip = {"--study": 1, "--seeds": len(args.seeds)}
+    rest, common = list(arguments), shlex.split(STUDIED[args.study])
+    for flag, n in skip.items():
+        if flag in rest:
+            del rest[rest.index(flag):rest.index(flag) + 1 + n]
+    cells = STUDIES[args.study]
+    for number, (seed, name) in enumerate(itertools.product(args.seeds, cells), 1):
+        folder = Path(f"out/study-{args.study}") / name.replace(" ", "-") / str(seed)
+        if (folder / "row.json").exists():
+            continue
+        print(f"\ncell {number} of {len(args.seeds) * len(cells)} | {name} | seed {seed}")
+        flags = [*common, *shlex.split(cells[name]), *rest, "--seed", str(seed),
+                 "--out", str(folder)]
+        main(flags)
+        (folder / "row.json").write_text(json.dumps(row_of(folder, parse(flags))) + "\n")
+    tabulate(args, cells, arguments)
+
+
+def row_of(folder, args):
+    """What the table says of a finished run"""
+    student = SSM.from_pretrained(folder / f"stage{args.stage[-1]}").eval()
+    about, device = read_about(folder / f"stage{args.stage[-1]}"), choose_device(args.device)[0]
+    state = [x for i in student.ssm_layers for x in student.layers[i].mixer.initial_state(1)]
+    keys = pass_keys(Tokenizer(args.teacher), args.context // 4, 64)
+    return {name: about[name] for name in ("loss", "kl", "top1", "seconds")} | {
+        "key": retrieval(student.to(device), keys, device)[1],
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "state": sum(x.nbytes for x in state) // len(student.ssm_layers)}
+
+
+def tabulate(args, cells, arguments):
+    """Mean over the seeds +- half of what lies between the least and the most"""
+    lines = [f"| {args.study} | val loss | KL | top-1 | key | parameters | state, bytes per layer "
+             "| seconds |", "|---" * 8 + "|"]
+    for name in cells:
+        rows = [json.loads((Path(f"out/study-{args.study}") / name.replace(" ", "-") / str(seed)
+                            / "row.json").read_text()) for seed in args.seeds]
+
+        def cell(key, form, rows=rows):
+            values = [row[key] for row in rows]
+            return f"{sum(values) / len(values):{form}} ± {(max(values) - min(values)) / 2:{form}}"
+
+        lines.append(f"| {name} | {cell('loss', '.4f')} | {cell('kl', '.4f')} | "
+                     f"{cell('top1', '.1%')} | {cell('key', '.2%')} | {rows[0]['parameters']:,} | "
+                     f"{rows[0]['state']:,} | {cell('seconds', '.0f')} |")
+    path = Path("results") / f"study-{args.study}.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join([f"`python distill.py {shlex.join(arguments)}`, seeds "
+                               f"{', '.join(map(str, args.seeds))}; torch {torch.__version__}, "
+                               f"{platform.processor() or platform.machine()}", "", *lines]) + "\n")
+    print("\n" + path.read_text() + f"\nsaved {path}")
+
+
+# -----------------------------------------------------------------------------
 # the command line
 
 def parse(arguments=None):
@@ -1202,7 +1370,7 @@ def parse(arguments=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="a whole recipe [phi where CUDA is, else tiny]")
-    add("--stage", type=int, nargs="+", default=[1, 2, 3], help="stages to run [1 2 3]")
+    add("--stage", type=int, nargs="+", help="stages to run [1 2 3; with --objective 2 3]")
     # what
     add("--teacher", help="a Hugging Face id or folder, a .gguf file, smollm2, or tiny")
     add("--data", help="stdlib, a file or folder of text, JSONL or Parquet, or a Hugging Face id")
@@ -1245,6 +1413,15 @@ def parse(arguments=None):
     add("--fresh", action="store_true", help="start over, where an unfinished run lies")
     add("--seed", type=int, default=0, help="of new weights and of data order [%(default)s]")
     add("--device", default="auto", help="cuda, cpu or mps [%(default)s]")
+    # the studies
+    add("--n_layer", type=int, help="a student of fewer layers [the teacher's]")
+    add("--objective", choices=OBJECTIVES, help="what stage 2 asks instead: the output "
+        "distribution, hidden states, relations in q, k and v, or stage 1's matrices")
+    add("--layer_map", choices=LAYER_MAPS, default="uniform", help="of hs [%(default)s]")
+    add("--relation_layer", type=int, help="of mha: the teacher's [the last but one]")
+    add("--relation_heads", type=int, help="of mha [one for 16 channels]")
+    add("--study", choices=STUDIES, help="run a grid of all this, and tabulate it in results/")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of a study [0 1 2]")
     # to compare with
     add("--eval_tokens", type=count, help="held-out tokens to read")
     add("--plan", nargs="?", const="", metavar="GPU",
@@ -1257,10 +1434,13 @@ def parse(arguments=None):
     add("--control_lr", type=float, help="their learning rate [the last stage's]")
     add("--teacher_tokens", type=count, default=4 * 10**6, help="for the tiny one [%(default)s]")
     args = parser.parse_args(arguments)
+    if args.study:                          # each of its cells is a command of its own
+        return args
 
     if args.preset is None:
         args.preset, some = ("phi", "a") if torch.cuda.is_available() else ("tiny", "no")
         print(f"preset {args.preset}, since there is {some} CUDA device (or choose by --preset)")
+    args.stage = args.stage or ([2, 3] if args.objective else [1, 2, 3])
     preset, own = PRESETS[args.preset], {x: getattr(args, x) for x in ("tokens", "batch", "lr")}
     preset = {"warmup": 0.1} | preset | RECIPES[args.recipe or preset["recipe"]]
     for name, value in preset.items():

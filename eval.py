@@ -34,7 +34,6 @@ import json
 import logging
 import math
 import os
-import random
 import re
 import shutil
 import statistics
@@ -56,11 +55,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import distill
 from distill import blocks, choose_device, copy_of_teacher, matrices, open_data
-from model_ssm import SSM, UsageError, ask_hub, captured, first_line, read_config
-from model_teacher import Teacher, Tokenizer, architecture, compare, find
+from model_ssm import SSM, UsageError, ask_hub, captured, first_line, read_config, sources
+from model_teacher import Teacher, Tokenizer, architecture, compare, find, pass_keys, retrieval
 from prepare import Parser, count, run_program
 
-FILLER = "The grass is green. The sky is blue. The sun is yellow. There and back again. "
 
 
 
@@ -98,13 +96,15 @@ def layer_distances(student, teacher, tokens):
 
     matrix and block are None where the layer keeps attention.
     """
-    rows = [{"matrix": None, "block": None} for _ in teacher.layers]
+    rows = [{"matrix": None, "block": None} for _ in student.layers]
     for name, losses in (("matrix", matrices), ("block", blocks)):
         for i, (_, left) in zip(student.ssm_layers, losses(student, teacher, tokens), strict=True):
             rows[i][name] = left.item()
-    for (i, ours), (_, theirs) in zip(student.inputs(tokens), teacher.inputs(tokens), strict=True):
-        rows[i]["drift"] = ((student.block(i, ours) - teacher.block(i, theirs)).norm(dim=-1).mean()
-                            / teacher.block(i, theirs).norm(dim=-1).mean()).item()
+    theirs = teacher.outputs(tokens)
+    for row, ours, t in zip(rows, student.outputs(tokens), sources(len(rows), len(theirs)),
+                            strict=True):
+        gap = (ours - theirs[t]).norm(dim=-1).mean()
+        row["drift"] = (gap / theirs[t].norm(dim=-1).mean()).item()
     return rows
 
 
@@ -147,35 +147,6 @@ def sliding(text, context, stride):
     counted = torch.zeros(pieces[..., 1:].shape, dtype=torch.bool)
     counted[:, 0], counted[..., -stride:] = True, True
     return pieces.flatten(0, 1), counted.flatten(0, 1)
-
-
-def pass_keys(tokenizer, distance, n, seed=0):
-    """n texts that tell a key of five digits and ask for it `distance` tokens later
-
-    -> [(1-D tensor that ends with the key, how many tokens the digits are), ...]
-    """
-    draw, texts = random.Random(seed), []
-    ask, stop, space, filler = map(tokenizer.encode, ("The pass key is", ". ", " ", FILLER))
-    for _ in range(n):
-        key = tokenizer.encode(f" {draw.randrange(10**4, 10**5)}")
-        between = max(0, distance - len(stop) - len(ask))
-        between = (filler * (between // len(filler) + 1))[-between:] if between else []
-        digits = len(key) - (key[:1] == space)          # a space by itself is no news
-        texts.append((torch.tensor(ask + key + stop + between + ask + key), digits))
-    return texts
-
-
-@torch.no_grad()
-def retrieval(model, texts, device):
-    """texts as pass_keys gives them -> how many of the keys' tokens are the model's first choice,
-    and the (geometric) mean probability it gives them: shares"""
-    right, log_p = [], []
-    for text, n in texts:
-        text = text.to(device)
-        log_q = model.head(model.hidden(text[None, :-1])[0, -n:]).float().log_softmax(-1)
-        right.append(log_q.argmax(-1) == text[-n:])
-        log_p.append(log_q.gather(-1, text[-n:, None]))
-    return torch.cat(right).float().mean().item(), torch.cat(log_p).mean().exp().item()
 
 
 def agreement(student, teacher, prompts, n):
@@ -857,7 +828,7 @@ def main(arguments=None):
     print(f"student {folder} | {student.loaded}")
     if args.export:
         return export(student, args.export, args.teacher or about["teacher"], about, run)
-    teacher = Teacher.load(args.teacher or about["teacher"], device)
+    teacher = Teacher.load(args.teacher or about["teacher"], device).at(student.config.n_layer)
     if student.config.vocab_size != teacher.config.vocab_size:
         raise UsageError(f"the student has {student.config.vocab_size:,} tokens, its teacher "
                          f"{teacher.name} {teacher.config.vocab_size:,}: they cannot be compared")

@@ -496,6 +496,11 @@ class Block(nn.Module):
     def orientation(self, u, *teachers):
         return self.mixer.orientation(self.input_layernorm(u), *teachers)
 
+    def heads(self, u):
+        q, k, v = self.mixer.project(self.input_layernorm(u))[:3]
+        # attention scales scores by 1 / sqrt(N), this mixer has that in its q: there, q is larger
+        return [x.flatten(2) for x in (q * q.shape[-1] ** 0.5, k, v)]
+
 
 def norm(config):
     kind = nn.LayerNorm if config.block == "phi" else nn.RMSNorm
@@ -590,12 +595,20 @@ class SSM(nn.Module, Writer):
         """tokens (B, L) -> (B, L, V): stage 3's question"""
         return self.head(self.hidden(tokens))
 
-    def inputs(self, tokens):
-        """Yields (i, u) for each layer: i its number, u (B, L, D) what it is given."""
-        u = self.backbone["embedding"](tokens)
-        for i, layer in enumerate(self.layers):
-            yield i, u
+    def outputs(self, tokens):
+        """tokens (B, L) -> what each layer says, before the final norm: n_layer times (B, L, D)"""
+        u, said = self.backbone["embedding"](tokens), []
+        for layer in self.layers:
             u = layer(u)[0]
+            said.append(u)
+        return said
+
+    def heads(self, tokens):
+        """tokens (B, L) -> q, k, v that the last layer's mixer mixes: 3 times (B, L, .)"""
+        u = self.backbone["embedding"](tokens)
+        for layer in self.layers[:-1]:
+            u = layer(u)[0]
+        return self.layers[-1].heads(u)
 
     def block(self, i, u):
         """u (B, L, D) -> (B, L, D), the output of layer i: stage 2's question"""
@@ -700,13 +713,18 @@ class SSM(nn.Module, Writer):
         attn_layers: numbers of the layers that keep attention, or "all"
         init: "mohawk", see Mamba2.reset_parameters; "qkv", that and the teacher's q, k, v and
               output projection; or "random", torch's own
-        overrides: fields of Config, such as d_state or mixer
+        overrides: fields of Config, such as d_state or mixer; of fewer layers, each is a copy of
+              one of the teacher's
         """
         shapes = shapes_of(teacher.config, teacher.inv_freq)
-        attn_layers = range(shapes["n_layer"]) if attn_layers == "all" else attn_layers
-        student = cls(Config(**shapes | {"attn_layers": tuple(attn_layers)} | overrides))
+        config = Config(**shapes | overrides)
+        from_layers = sources(config.n_layer, shapes["n_layer"])
+        attn_layers = range(config.n_layer) if attn_layers == "all" else attn_layers
+        config.attn_layers = tuple(attn_layers)
+        student = cls(config)
         ours = student.state_dict()
         theirs = {rename(name): w for name, w in teacher.model.state_dict().items()}
+        theirs = of_layers(theirs, from_layers)
         copied = {name: w.to(ours[name].dtype) for name, w in theirs.items() if name in ours}
         left_out = tuple(f"backbone.layers.{i}.mixer." for i in student.ssm_layers)
         wrong = [name for name in ours.keys() ^ theirs.keys() if not name.startswith(left_out)]
@@ -866,6 +884,30 @@ def shapes_of(hf, inv_freq):
             "qkv_bias": phi or attention_bias or hf.model_type == "qwen2",
             "out_bias": phi or attention_bias, "qk_norm": hf.model_type == "qwen3",
             "window": getattr(hf, "sliding_window", None)}
+
+
+def sources(n, of):
+    """Which of a teacher's layers a student of n layers learns from, the last among them.
+
+    >>> sources(2, 4), sources(3, 3)
+    ([1, 3], [0, 1, 2])
+    """
+    if not 0 < n <= of:
+        raise UsageError(f"--n_layer {n}: the teacher has {of} layers, so from 1 to {of}")
+    return [(i + 1) * of // n - 1 for i in range(n)]
+
+
+def of_layers(weights, sources):
+    """Of {name: weight} what is in no layer, and layer sources[i] as layer i"""
+    kept = {}
+    for name, w in weights.items():
+        parts = name.split(".")                     # backbone.layers.3.mixer...
+        if parts[1] == "layers":
+            if int(parts[2]) not in sources:
+                continue
+            parts[2] = str(sources.index(int(parts[2])))
+        kept[".".join(parts)] = w
+    return kept
 
 
 def rename(name):

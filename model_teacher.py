@@ -23,6 +23,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import random
 import time
 from pathlib import Path
 
@@ -45,10 +46,11 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
-from model_ssm import UsageError, Writer, ask_hub, first_line, lengths_of
+from model_ssm import UsageError, Writer, ask_hub, first_line, lengths_of, sources
 
 FAMILIES = ("phi", "llama", "mistral", "qwen2", "qwen3")
 TINY = Path("out/tiny-teacher")
+FILLER = "The grass is green. The sky is blue. The sun is yellow. There and back again. "
 caught = {}             # q, k and scale of the attention call that ran last
 
 
@@ -233,6 +235,27 @@ class Teacher(Writer):
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=u.device).triu(1)
         return scores.masked_fill(future, -torch.inf).softmax(-1)
 
+    def outputs(self, tokens):
+        """tokens (B, L) -> what each layer says, before the final norm: n_layer times (B, L, D)"""
+        return [self.block(i, u) for i, u in self.inputs(tokens)]
+
+    @torch.no_grad()
+    def heads(self, i, tokens):
+        """tokens (B, L) -> q, k, v of layer i before the rotary embedding: 3 times (B, L, H P)
+
+        Keys and values of grouped-query teachers once for each query head.
+        """
+        (_, u), = self.inputs(tokens, only=[i])
+        layer, P = self.layers[i], self.layers[i].self_attn.head_dim
+        h = layer.input_layernorm(u)
+        q, k, v = (getattr(layer.self_attn, name)(h).unflatten(-1, (-1, P))     # (B, L, H or G, P)
+                   for name in ("q_proj", "k_proj", "v_proj"))
+        return [x.repeat_interleave(q.shape[2] // x.shape[2], 2).flatten(2) for x in (q, k, v)]
+
+    def at(self, n_layer):
+        """This teacher as a student of n_layer layers sees it: one layer for each of its own"""
+        return self if n_layer in (None, len(self.layers)) else Shallow(self, n_layer)
+
     @torch.no_grad()
     def hidden(self, tokens):
         """tokens (B, L) -> (B, L, D), after the final norm: what the head reads"""
@@ -269,6 +292,34 @@ class Teacher(Writer):
         rows = [prompts] if isinstance(prompts, torch.Tensor) else [p[None] for p in prompts]
         streams = [super(Teacher, self).stream(row, n, temperature, top_k, seed) for row in rows]
         yield from map(torch.cat, zip(*streams, strict=True))
+
+
+class Shallow:
+    """A teacher of which some layers are asked: layer i here is layer sources(...)[i] of `deep`.
+
+    All that is not said here is as `deep` says it.
+    """
+
+    def __init__(self, deep, n_layer):
+        self.deep, self.sources = deep, sources(n_layer, len(deep.layers))
+        self.layers = [deep.layers[i] for i in self.sources]
+
+    def __getattr__(self, name):
+        return getattr(self.deep, name)
+
+    def inputs(self, tokens, only=None):
+        only = range(len(self.layers)) if only is None else only
+        for i, u in self.deep.inputs(tokens, [self.sources[n] for n in only]):
+            yield self.sources.index(i), u
+
+    def block(self, i, u):
+        return self.deep.block(self.sources[i], u)
+
+    def factors(self, i, u):
+        return self.deep.factors(self.sources[i], u)
+
+    def matrix(self, i, u):
+        return self.deep.matrix(self.sources[i], u)
 
 
 class Keys(DynamicLayer):
@@ -313,6 +364,35 @@ def compare(model, teacher, windows):
                               (ours.argmax(-1) == theirs.argmax(-1)).sum()]).double().cpu()
     loss, kl, top1 = (total / windows[:, 1:].numel()).tolist()
     return {"loss": loss, "kl": kl, "top1": top1}
+
+
+def pass_keys(tokenizer, distance, n, seed=0):
+    """n texts that tell a key of five digits and ask for it `distance` tokens later
+
+    -> [(1-D tensor that ends with the key, how many tokens the digits are), ...]
+    """
+    draw, texts = random.Random(seed), []
+    ask, stop, space, filler = map(tokenizer.encode, ("The pass key is", ". ", " ", FILLER))
+    for _ in range(n):
+        key = tokenizer.encode(f" {draw.randrange(10**4, 10**5)}")
+        between = max(0, distance - len(stop) - len(ask))
+        between = (filler * (between // len(filler) + 1))[-between:] if between else []
+        digits = len(key) - (key[:1] == space)          # a space by itself is no news
+        texts.append((torch.tensor(ask + key + stop + between + ask + key), digits))
+    return texts
+
+
+@torch.no_grad()
+def retrieval(model, texts, device):
+    """texts as pass_keys gives them -> how many of the keys' tokens are the model's first choice,
+    and the (geometric) mean probability it gives them: shares"""
+    right, log_p = [], []
+    for text, n in texts:
+        text = text.to(device)
+        log_q = model.head(model.hidden(text[None, :-1])[0, -n:]).float().log_softmax(-1)
+        right.append(log_q.argmax(-1) == text[-n:])
+        log_p.append(log_q.gather(-1, text[-n:, None]))
+    return torch.cat(right).float().mean().item(), torch.cat(log_p).mean().exp().item()
 
 
 # -----------------------------------------------------------------------------

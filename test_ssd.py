@@ -2109,9 +2109,9 @@ class Guesser(Copier):
 @pytest.mark.parametrize("distance", [0, 40, 150])
 def test_a_model_that_copies_finds_every_key_and_one_that_guesses_none(distance):
     tokenizer = Tokenizer("bytes")
-    texts = evaluation.pass_keys(tokenizer, distance, 4)
-    assert evaluation.retrieval(Copier(), texts, "cpu") == (1, 1)
-    right, probability = evaluation.retrieval(Guesser(), texts, "cpu")
+    texts = model_teacher.pass_keys(tokenizer, distance, 4)
+    assert model_teacher.retrieval(Copier(), texts, "cpu") == (1, 1)
+    right, probability = model_teacher.retrieval(Guesser(), texts, "cpu")
     assert right < 0.2 and probability == pytest.approx(1 / 257)
     keys = set()
     for text, n in texts:
@@ -2664,6 +2664,163 @@ def test_two_runs_do_not_share_a_folder(tmp_path, teacher_folder, data_folder):
                               capture_output=True, text=True)
     assert done.returncode == 2 and "another process is at work in" in done.stderr, done
     assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+# -----------------------------------------------------------------------------
+# the studies
+
+@pytest.mark.parametrize("name, want", [
+    ("last", [(1, 4)]), ("uniform", [(0, 1), (1, 4)]),
+    ("uniform_consecutive", [(0, 0), (0, 1), (0, 2), (1, 2), (1, 3), (1, 4)]),
+    ("uniform_last", [(0, 1), (1, 4), (0, 3), (1, 4)])])
+def test_layers_of_two_are_mapped_to_layers_of_five(name, want):
+    assert distill.LAYER_MAPS[name](2, 5) == want
+
+
+def test_a_shallower_student_is_made_of_every_so_manieth_layer_and_meets_those(teacher_folder):
+    teacher = Teacher.load(str(teacher_folder))
+    seen = teacher.at(2)
+    student = SSM.from_teacher(seen, init="qkv", n_layer=2).eval()
+    assert seen.sources == [0, 2] and len(student.layers) == len(seen.layers) == 2
+    theirs, tokens = teacher.model.state_dict(), some_tokens()
+    for i, t in enumerate(seen.sources):
+        ours = student.layers[i].mlp.fc1.weight
+        assert torch.equal(ours, theirs[f"model.layers.{t}.mlp.fc1.weight"])
+    deep = dict(teacher.inputs(tokens))
+    for i, u in seen.inputs(tokens, only=[1]):
+        assert i == 1 and torch.equal(u, deep[2])
+        assert torch.equal(seen.block(i, u), teacher.block(2, u))
+        assert torch.equal(seen.matrix(i, u), teacher.matrix(2, u))
+    assert torch.equal(seen.logits(tokens), teacher.logits(tokens))
+    rows = evaluation.layer_distances(SSM.from_teacher(seen, (0, 1), n_layer=2), seen, tokens)
+    # The first layer is the teacher's and is given what that is; the second is given too little.
+    assert rows[0]["drift"] < 1e-5 < 0.01 < rows[1]["drift"]
+
+
+def test_a_student_that_is_the_teacher_has_its_hidden_states_and_relations():
+    teacher, tokens = random_teacher(), some_tokens()
+    same = SSM.from_teacher(teacher, "all").eval()
+    for name in ("last", "uniform"):
+        (loss, left), = distill.hidden_states(same, teacher, tokens, name)
+        assert left < 1e-9                  # squares of fp32 errors
+    (_, left), = distill.hidden_states(SSM.from_teacher(teacher).eval(), teacher, tokens)
+    assert left > 0.01
+    # All but the last layer are the teacher's, and the last has its q, k and v
+    copied, fresh = (SSM.from_teacher(teacher, (0, 1), init).eval() for init in ("qkv", "mohawk"))
+    assert next(distill.relations(copied, teacher, tokens, 2, 4))[1] < 1e-9
+    assert next(distill.relations(fresh, teacher, tokens, 2, 4))[1] > 0.1
+    assert next(distill.relations(copied, teacher, tokens))[1] > 1e-3       # the last but one
+
+
+def test_relations_in_rows_are_the_textbooks_and_have_its_gradient(monkeypatch):
+    monkeypatch.setattr(distill, "RELATIONS_AT_ONCE", 7)
+    teacher, tokens = random_teacher("smollm2"), some_tokens(2, 20)
+    student = SSM.from_teacher(teacher, init="mohawk").eval()
+    loss, _ = next(distill.relations(student, teacher, tokens, 1, 4))
+    loss.backward()
+    weight = student.layers[-1].mixer.in_proj.weight
+    got, weight.grad = weight.grad, None
+    want = 0
+    for ours, theirs in zip(student.heads(tokens), teacher.heads(1, tokens), strict=True):
+        R = []
+        for x in (ours, theirs):
+            x = x.unflatten(2, (4, -1)).transpose(1, 2)
+            scores = x @ x.mT / x.shape[-1] ** 0.5
+            R.append(scores.masked_fill(torch.ones(20, 20).triu(1) > 0, -torch.inf).softmax(-1))
+        for t in range(1, 20):
+            p, q = R[1][:, :, t, :t + 1], R[0][:, :, t, :t + 1]
+            want += (p * (p / q).log()).sum(-1).mean() / (3 * 19)
+    want.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5) and rel(got, weight.grad) < 1e-4
+
+
+def test_relations_take_memory_that_grows_with_the_length_only(monkeypatch):
+    monkeypatch.setattr(distill, "RELATIONS_AT_ONCE", 16)
+    asked = []
+    own = distill.relation_gap
+
+    def watched(ours, theirs, heads, start):
+        asked.append((start, heads * 16 * theirs.shape[1]))
+        return own(ours, theirs, heads, start)
+
+    monkeypatch.setattr(distill, "relation_gap", watched)
+    teacher = random_teacher()
+    student = SSM.from_teacher(teacher)
+    next(distill.relations(student, teacher, some_tokens(1, 100), 0, 2))[0].backward()
+    # forward and, computed again, backward: 7 parts of 16 rows for each of q, k, v
+    assert len(asked) == 2 * 3 * 7 and max(n for _, n in asked) == 2 * 16 * 100
+
+
+@pytest.mark.parametrize("objective", distill.OBJECTIVES)
+def test_each_objective_learns_then_the_output_stage_goes_on(
+        tmp_path, teacher_folder, data_folder, objective, capsys):
+    out = tmp_path / "run"
+    distill.main(flags(out, teacher_folder, data_folder, "--objective", objective, "--n_layer",
+                       "2", "--tokens", "5120", "1024", "--lr", "1e-2", "1e-3", "--init", "qkv"))
+    said = capsys.readouterr().out
+    assert doc_line(distill.OBJECTIVES[objective][0]) in said
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    second = [e["loss"] for e in log if e["stage"] == "stage 2"]
+    assert len(second) == 20 and sum(second[-3:]) < 0.9 * sum(second[:3])
+    start = SSM.from_teacher(Teacher.load(str(teacher_folder)).at(2), init="qkv", n_layer=2)
+    before, after = start.state_dict(), SSM.from_pretrained(out / "stage2").state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    if objective == "matrix":
+        assert moved and all("mixer" in name for name in moved)
+    else:
+        assert "backbone.embedding.weight" in moved
+    evaluation.main([str(out), "--eval_tokens", "256", "--length", "5"])
+
+
+def doc_line(losses):
+    return losses.__doc__.splitlines()[0]
+
+
+def test_a_study_runs_each_cell_once_and_tabulates_them(
+        tmp_path, teacher_folder, data_folder, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cells = {"od": "--objective od", "hs": "--objective hs"}
+    monkeypatch.setitem(distill.STUDIES, "objectives", cells)
+    monkeypatch.setitem(distill.STUDIED, "objectives", "--preset tiny --n_layer 2")
+    command = ["--study", "objectives", "--seeds", "0", "1",
+               *flags("ignored", teacher_folder, data_folder, "--tokens", "256", "256")]
+    command = command[:command.index("--out")] + command[command.index("--out") + 2:]
+    distill.main(command)
+    first = capsys.readouterr().out
+    assert first.count("stage 3 | saved") == 4 and "cell 4 of 4 | hs | seed 1" in first
+    shutil.rmtree("out/study-objectives/hs/1")
+    distill.main(command)
+    again = capsys.readouterr().out
+    assert again.count("stage 3 | saved") == 1 and "cell 4 of 4" in again
+    table = Path("results/study-objectives.md").read_text()
+    row = re.search(r"^\| od \| ([\d.]+) ± ([\d.]+) \| .* \| ([\d,]+) \| ([\d,]+) \|", table, re.M)
+    abouts = [json.loads(Path(f"out/study-objectives/od/{seed}/stage3/config.json").read_text())
+              ["about"]["loss"] for seed in (0, 1)]
+    assert float(row[1]) == pytest.approx(sum(abouts) / 2, abs=1e-4)
+    assert float(row[2]) == pytest.approx(abs(abouts[0] - abouts[1]) / 2, abs=1e-4) != 0
+    # 3 inputs of a conv of 3 x 32 channels, 4 states of 8 x 8, in fp32
+    assert row[4] == f"{(3 * 96 + 4 * 64) * 4:,}"
+
+
+@pytest.mark.parametrize("mistake, complaint", [
+    ("--n_layer 4", "--n_layer 4: the teacher has 3 layers, so from 1 to 3"),
+    ("--n_layer 0", "--n_layer 0: the teacher has 3 layers"),
+    ("--objective mha --relation_layer 3", "the teacher has layers 0 to 2"),
+    ("--objective mha --relation_heads 5", "--relation_heads 5 does not divide"),
+    ("--objective mha --attn_layers 2", "the last layer's mixer, and that keeps attention")])
+def test_a_mistake_in_a_studys_flags_is_one_line(
+        tmp_path, teacher_folder, data_folder, mistake, complaint):
+    with pytest.raises(UsageError, match=re.escape(complaint)) as error:
+        distill.main(flags(tmp_path / "run", teacher_folder, data_folder, "--tokens", "12e3",
+                           *mistake.split()))
+    assert "\n" not in str(error.value)
+
+
+def test_a_stage_of_another_depth_is_refused(tmp_path, teacher_folder, data_folder):
+    command = flags(tmp_path / "run", teacher_folder, data_folder, "--tokens", "256")
+    distill.main([*command, "--stage", "2", "--n_layer", "2"])
+    with pytest.raises(UsageError, match="has 2 layers, this run asks for 3"):
+        distill.main([*command, "--stage", "3"])
 
 
 # -----------------------------------------------------------------------------
