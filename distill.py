@@ -1443,6 +1443,8 @@ def parse(arguments=None):
     args.stage = args.stage or ([2, 3] if args.objective else [1, 2, 3])
     preset, own = PRESETS[args.preset], {x: getattr(args, x) for x in ("tokens", "batch", "lr")}
     preset = {"warmup": 0.1} | preset | RECIPES[args.recipe or preset["recipe"]]
+    if args.mixer != "mamba2" and preset["init"] == "fit":
+        preset["init"] = "qkv"              # what is fitted is that one's matrix
     for name, value in preset.items():
         if getattr(args, name, 0) is None:
             setattr(args, name, value)

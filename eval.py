@@ -537,14 +537,18 @@ def draw_matrices(path, title, rows, heads, signed=False):
 
 
 def draw_lines(path, title, panels, marker="o", contexts=False):
-    """panels: {title: (x label, y label, {name: (x, y)})}; y on a log scale, contexts too"""
+    """panels: {title: (x label, y label, {name: (x, y)})}; contexts, and what spans more than a
+    factor of 10, on a log scale"""
     with figure(path, title, 1, len(panels), 9, 3.2) as (plt, sheet, axes):
         ticker = plt.matplotlib.ticker
         for axis, (name, (x_label, y_label, lines)) in zip(axes[0], panels.items(), strict=True):
             for label, (x, y) in lines.items():
                 axis.plot(x, y, marker=marker, markersize=3, linewidth=1.2, label=label)
-            axis.set(title=name, xlabel=x_label, ylabel=y_label, yscale="log")
-            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set(title=name, xlabel=x_label, ylabel=y_label)
+            values = [value for _, y in lines.values() for value in y if value > 0]
+            if values and max(values) > 10 * min(values):
+                axis.set_yscale("log")
+                axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             if contexts:
                 axis.set_xscale("log", base=4)
             elif marker:
