@@ -1890,6 +1890,11 @@ def test_every_mixer_has_a_plan(name, teacher_folder, capsys):
     assert capsys.readouterr().out.count("parameters learn") == 3
 
 
+def test_a_recipe_that_fits_mamba2_copies_for_the_others():
+    inits = [distill.parse(["--preset", "tiny", "--mixer", x]).init for x in ("mamba2", "gla")]
+    assert inits == ["fit", "qkv"] and distill.RECIPES["modern"]["init"] == "fit"
+
+
 def test_a_run_remembers_its_mixer(tmp_path, teacher_folder, data_folder, capsys):
     command = flags(tmp_path / "run", teacher_folder, data_folder, "--tokens", "512", "--stage")
     distill.main([*command, "2", "--mixer", "gated_deltanet"])
