@@ -20,6 +20,7 @@ that was stopped or killed goes on when the same command is given again, and end
 weights.
 
 [1] MOHAWK, arXiv 2408.10189    [2] objectives for shallower students, arXiv 2310.08797
+[3] mixers and their initialisations, arXiv 2504.14366
 """
 import argparse
 import atexit
@@ -35,6 +36,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -1293,7 +1295,16 @@ def works_of(stage, student, teacher, ask, tokens, autocast):
 # the studies: --study runs a grid of runs like any other, each with several seeds, and tabulates
 # what came of them. A finished cell is not run again.
 
+STARTS = {  # [3]'s initialisations, and the best two at once
+    "nothing": "--init random --stage 3 --tokens 0.2e6 --lr 2.8e-3",
+    "q, k, v": "--init qkv --stage 3 --tokens 0.2e6 --lr 2.8e-3",
+    "matrices": "--init mohawk --stage 1 3 --tokens 0.04e6 0.16e6 --lr 2e-3 2.8e-3",
+    "hidden states": "--init mohawk --stage 2 3 --tokens 0.08e6 0.12e6 --lr 4e-3 1e-3",
+    "q, k, v, hidden states": "--init qkv --stage 2 3 --tokens 0.08e6 0.12e6 --lr 4e-3 1e-3",
+}
 STUDIES = {  # name: {cell: its flags}
+    "mixers": {f"{mixer}, from {start}": f"--mixer {mixer} {flags}"
+               for start, flags in STARTS.items() for mixer in MIXERS},
     "objectives": {
         "od": "--objective od --lr 1e-3 1e-3",
         **{f"hs {name}": f"--objective hs --layer_map {name} --lr 1e-3 1e-3"
@@ -1303,12 +1314,15 @@ STUDIES = {  # name: {cell: its flags}
     },
 }
 STUDIED = {  # what all cells of a study share; the command line may say otherwise
+    "mixers": "--preset tiny --eval_tokens 32768",
     "objectives": "--preset tiny --n_layer 2 --init qkv --tokens 0.15e6 0.35e6 --eval_tokens 32768",
 }
 
 
 def study(args, arguments):
     """All cells of args.study, and results/study-<name>.md at the end"""
+    if "RANK" in os.environ:
+        raise UsageError("--study runs its small cells in one process: leave torchrun out")
     skip = {"--study": 1, "--seeds": len(args.seeds)}
     rest, common = list(arguments), shlex.split(STUDIED[args.study])
     for flag, n in skip.items():
@@ -1316,15 +1330,22 @@ def study(args, arguments):
             del rest[rest.index(flag):rest.index(flag) + 1 + n]
     cells = STUDIES[args.study]
     for number, (seed, name) in enumerate(itertools.product(args.seeds, cells), 1):
-        folder = Path(f"out/study-{args.study}") / name.replace(" ", "-") / str(seed)
-        if (folder / "row.json").exists():
-            continue
-        print(f"\ncell {number} of {len(args.seeds) * len(cells)} | {name} | seed {seed}")
+        folder = cell_folder(args.study, name, seed)
         flags = [*common, *shlex.split(cells[name]), *rest, "--seed", str(seed),
                  "--out", str(folder)]
-        main(flags)
-        (folder / "row.json").write_text(json.dumps(row_of(folder, parse(flags))) + "\n")
+        row = folder / "row.json"
+        if not row.exists():
+            print(f"\ncell {number} of {len(args.seeds) * len(cells)} | {name} | seed {seed}")
+            main(flags)
+            row.write_text(json.dumps({"flags": flags} | row_of(folder, parse(flags))) + "\n")
+        elif (was := json.loads(row.read_text())["flags"]) != flags:
+            raise UsageError(f"{folder} was finished as {shlex.join(was)}, not as "
+                             f"{shlex.join(flags)}: give that command, or remove the folder")
     tabulate(args, cells, arguments)
+
+
+def cell_folder(study, name, seed):
+    return Path(f"out/study-{study}") / re.sub(r"\W+", "-", name) / str(seed)
 
 
 def row_of(folder, args):
@@ -1344,12 +1365,13 @@ def tabulate(args, cells, arguments):
     lines = [f"| {args.study} | val loss | KL | top-1 | key | parameters | state, bytes per layer "
              "| seconds |", "|---" * 8 + "|"]
     for name in cells:
-        rows = [json.loads((Path(f"out/study-{args.study}") / name.replace(" ", "-") / str(seed)
-                            / "row.json").read_text()) for seed in args.seeds]
+        rows = [json.loads((cell_folder(args.study, name, seed) / "row.json").read_text())
+                for seed in args.seeds]
 
         def cell(key, form, rows=rows):
             values = [row[key] for row in rows]
-            return f"{sum(values) / len(values):{form}} ± {(max(values) - min(values)) / 2:{form}}"
+            spread = f" ± {(max(values) - min(values)) / 2:{form}}" if len(rows) > 1 else ""
+            return f"{sum(values) / len(values):{form}}{spread}"
 
         lines.append(f"| {name} | {cell('loss', '.4f')} | {cell('kl', '.4f')} | "
                      f"{cell('top1', '.1%')} | {cell('key', '.2%')} | {rows[0]['parameters']:,} | "

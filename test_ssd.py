@@ -2797,6 +2797,8 @@ def test_a_study_runs_each_cell_once_and_tabulates_them(
     distill.main(command)
     again = capsys.readouterr().out
     assert again.count("stage 3 | saved") == 1 and "cell 4 of 4" in again
+    with pytest.raises(UsageError, match="was finished as .*, not as .*--lr 1e-4"):
+        distill.main([*command, "--lr", "1e-4"])
     table = Path("results/study-objectives.md").read_text()
     row = re.search(r"^\| od \| ([\d.]+) ± ([\d.]+) \| .* \| ([\d,]+) \| ([\d,]+) \|", table, re.M)
     abouts = [json.loads(Path(f"out/study-objectives/od/{seed}/stage3/config.json").read_text())
@@ -2805,6 +2807,16 @@ def test_a_study_runs_each_cell_once_and_tabulates_them(
     assert float(row[2]) == pytest.approx(abs(abouts[0] - abouts[1]) / 2, abs=1e-4) != 0
     # 3 inputs of a conv of 3 x 32 channels, 4 states of 8 x 8, in fp32
     assert row[4] == f"{(3 * 96 + 4 * 64) * 4:,}"
+
+
+@pytest.mark.parametrize("study", distill.STUDIES)
+def test_every_cell_of_a_study_is_a_command_at_equal_tokens(study):
+    totals = set()
+    for flags_of_cell in distill.STUDIES[study].values():
+        args = distill.parse(shlex.split(f"{distill.STUDIED[study]} {flags_of_cell}"))
+        totals.add(sum(plan.tokens for plan in args.plans.values()))
+    assert len(distill.STUDIES[study]) == {"mixers": 40, "objectives": 7}[study]
+    assert len(totals) == 1
 
 
 @pytest.mark.parametrize("mistake, complaint", [
