@@ -1158,6 +1158,8 @@ def in_a_copy(job, output=None):
     code = 1
     try:
         os.setsid()
+        # A shell starts what runs in the background with Ctrl-C ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if output:
             sys.stdout = sys.stderr = open(output, "w", buffering=1)
         job()
