@@ -2236,6 +2236,28 @@ def test_a_mistake_in_asking_eval_is_one_line(mistake, complaint, a_run):
     assert "\n" not in str(error.value)
 
 
+def test_what_eval_cannot_evaluate_is_one_line(tmp_path, its_copy):
+    def complaint(*command):
+        with pytest.raises(UsageError) as error:
+            evaluation.main(list(map(str, command)))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    model = transformers.PhiForCausalLM(transformers.PhiConfig(**PHI | {"vocab_size": 300}))
+    model.save_pretrained(tmp_path / "wide")
+    said = complaint(its_copy, "--teacher", tmp_path / "wide")
+    assert "the student has 257 tokens, its teacher" in said and "300: they cannot be comp" in said
+    assert "is not a run of distill.py" in complaint(tmp_path / "nowhere" / "at" / "all")
+    shutil.rmtree(its_copy / "stage2")
+    assert "stage2: " in (said := complaint(its_copy, "--stage", "2"))
+    assert said.endswith("has stage1, stage3")
+    (its_copy / "stage3" / "model.safetensors").unlink()
+    assert "model.safetensors is missing, damaged or cut short" in complaint(its_copy)
+    shutil.rmtree(its_copy / "stage3")
+    shutil.rmtree(its_copy / "stage1")
+    assert complaint(its_copy) == f"{its_copy} has no finished stage yet"
+
+
 def test_the_distances_of_a_kept_layer_are_zero():
     teacher = random_teacher()
     rows = evaluation.layer_distances(SSM.from_teacher(teacher, (0,)), teacher, some_tokens())
