@@ -142,75 +142,10 @@ def next_tokens(student, teacher, tokens):
     yield loss, loss.detach() / math.log(logits.shape[-1])
 
 
-# -----------------------------------------------------------------------------
-# what stage 2 may ask instead ([2], for students of fewer layers): --objective
-
-def hidden_states(student, teacher, tokens, layer_map="uniform"):
-    """hidden states: each layer, from the tokens on, says what its layers of the teacher say"""
-    ours, theirs = student.outputs(tokens), teacher.outputs(tokens)         # (B, L, D) each
-    pairs = LAYER_MAPS[layer_map](len(ours), len(theirs))
-    gap = sum((ours[i] - theirs[t]).float().square().mean() for i, t in pairs) / len(pairs)
-    own = sum(theirs[t].float().square().mean() for _, t in pairs) / len(pairs)
-    yield gap, gap.detach() / own
-
-
-LAYER_MAPS = {  # of a student of S layers and a teacher of T: which is to say what which one says
-    "last": lambda S, T: [(S - 1, T - 1)],
-    "uniform": lambda S, T: list(enumerate(sources(S, T))),
-    # the teacher's layers from the one that the layer before ends with on, k = T / S rounded up
-    "uniform_consecutive": lambda S, T: [
-        (i, t) for i in range(S) for k in [-(-T // S)] for t in range(k * i - 1, k * (i + 1))
-        if 0 <= t < T],
-    "uniform_last": lambda S, T: list(enumerate(sources(S, T))) + [
-        (i, T - S + i) for i in range(S)],
-}
-
-
-def relations(student, teacher, tokens, relation_layer=None, relation_heads=None):
-    """self-attention relations: the last layer's q, and k, and v, are alike as the teacher's are"""
-    if student.config.n_layer - 1 in student.config.attn_layers:
-        raise UsageError("--objective mha asks the last layer's mixer, and that keeps attention")
-    n_layer = len(teacher.decoder.layers)
-    layer = max(0, n_layer - 2) if relation_layer is None else relation_layer
-    if not 0 <= layer < n_layer:
-        raise UsageError(f"--relation_layer {layer}: the teacher has layers 0 to {n_layer - 1}")
-    total = silence = 0
-    for ours, theirs in zip(student.heads(tokens), teacher.heads(layer, tokens), strict=True):
-        A = relation_heads or theirs.shape[-1] // 16
-        if theirs.shape[-1] % A or ours.shape[-1] % A:
-            raise UsageError(f"--relation_heads {A} does not divide the teacher's "
-                             f"{theirs.shape[-1]} channels, or the student's {ours.shape[-1]}")
-        for start in range(1, tokens.shape[1], RELATIONS_AT_ONCE):      # row 0 sees only itself
-            part = checkpoint(relation_gap, ours, theirs, A, start, use_reentrant=False)
-            total, silence = total + part[0] / A, silence + part[1] / A
-    rows = 3 * len(tokens) * (tokens.shape[1] - 1)
-    yield total / rows, total.detach() / silence
-
-
-def relation_gap(ours, theirs, heads, start):
-    """x (B, L, C) -> sums over the rows from `start` on of R = softmax(x x^T / sqrt(C / heads)),
-    causal, in `heads` parts of C: KL(R of theirs || R of ours), KL(R of theirs || uniform)"""
-    rows, log_R = slice(start, start + RELATIONS_AT_ONCE), []
-    L = theirs.shape[1]
-    future = torch.arange(L, device=ours.device) > torch.arange(L, device=ours.device)[rows, None]
-    for x in (ours, theirs):
-        x = x.float().unflatten(-1, (heads, -1)).transpose(1, 2)            # (B, A, L, C / A)
-        scores = x[:, :, rows] @ x.mT / x.shape[-1] ** 0.5                  # (B, A, rows, L)
-        log_R.append(scores.masked_fill(future, -torch.inf).log_softmax(-1))
-    # Where the future is, both are 0 and their logs are not: 0 log 0 = 0.
-    (log_ours, log_theirs), p = (x.masked_fill(future, 0) for x in log_R), log_R[1].exp()
-    uniform = -(~future).sum(-1, keepdim=True).log()
-    return (p * (log_theirs - log_ours)).sum(), (p * (log_theirs - uniform)).sum()
-
-
 STAGES = {  # number: (loss, the parameters that learn, by a part of their name)
     1: (matrices, ("mixer.in_proj", "mixer.conv1d", "mixer.D")),
     2: (blocks, ("mixer.",)),
     3: (predictions, ("everything",)),
-}
-OBJECTIVES = {
-    "od": (predictions, ("everything",)), "hs": (hidden_states, ("everything",)),
-    "mha": (relations, ("everything",)), "matrix": STAGES[1],
 }
 PRESETS = {  # what, and how much; one value for each stage, or one for all
     "phi": dict(
@@ -1292,7 +1227,74 @@ def works_of(stage, student, teacher, ask, tokens, autocast):
 
 
 # -----------------------------------------------------------------------------
-# the studies: --study runs a grid of runs like any other, each with several seeds, and tabulates
+# the studies. --objective: what stage 2 may ask instead ([2], for students of fewer layers)
+
+def hidden_states(student, teacher, tokens, layer_map="uniform"):
+    """hidden states: each layer, from the tokens on, says what its layers of the teacher say"""
+    ours, theirs = student.outputs(tokens), teacher.outputs(tokens)         # (B, L, D) each
+    pairs = LAYER_MAPS[layer_map](len(ours), len(theirs))
+    gap = sum((ours[i] - theirs[t]).float().square().mean() for i, t in pairs) / len(pairs)
+    own = sum(theirs[t].float().square().mean() for _, t in pairs) / len(pairs)
+    yield gap, gap.detach() / own
+
+
+LAYER_MAPS = {  # of a student of S layers and a teacher of T: which is to say what which one says
+    "last": lambda S, T: [(S - 1, T - 1)],
+    "uniform": lambda S, T: list(enumerate(sources(S, T))),
+    # the teacher's layers from the one that the layer before ends with on, k = T / S rounded up
+    "uniform_consecutive": lambda S, T: [
+        (i, t) for i in range(S) for k in [-(-T // S)] for t in range(k * i - 1, k * (i + 1))
+        if 0 <= t < T],
+    "uniform_last": lambda S, T: list(enumerate(sources(S, T))) + [
+        (i, T - S + i) for i in range(S)],
+}
+
+
+def relations(student, teacher, tokens, relation_layer=None, relation_heads=None):
+    """self-attention relations: the last layer's q, and k, and v, are alike as the teacher's are"""
+    if student.config.n_layer - 1 in student.config.attn_layers:
+        raise UsageError("--objective mha asks the last layer's mixer, and that keeps attention")
+    n_layer = len(teacher.decoder.layers)
+    layer = max(0, n_layer - 2) if relation_layer is None else relation_layer
+    if not 0 <= layer < n_layer:
+        raise UsageError(f"--relation_layer {layer}: the teacher has layers 0 to {n_layer - 1}")
+    total = silence = 0
+    for ours, theirs in zip(student.heads(tokens), teacher.heads(layer, tokens), strict=True):
+        A = relation_heads or theirs.shape[-1] // 16
+        if theirs.shape[-1] % A or ours.shape[-1] % A:
+            raise UsageError(f"--relation_heads {A} does not divide the teacher's "
+                             f"{theirs.shape[-1]} channels, or the student's {ours.shape[-1]}")
+        for start in range(1, tokens.shape[1], RELATIONS_AT_ONCE):      # row 0 sees only itself
+            part = checkpoint(relation_gap, ours, theirs, A, start, use_reentrant=False)
+            total, silence = total + part[0] / A, silence + part[1] / A
+    rows = 3 * len(tokens) * (tokens.shape[1] - 1)
+    yield total / rows, total.detach() / silence
+
+
+def relation_gap(ours, theirs, heads, start):
+    """x (B, L, C) -> sums over the rows from `start` on of R = softmax(x x^T / sqrt(C / heads)),
+    causal, in `heads` parts of C: KL(R of theirs || R of ours), KL(R of theirs || uniform)"""
+    rows, log_R = slice(start, start + RELATIONS_AT_ONCE), []
+    L = theirs.shape[1]
+    future = torch.arange(L, device=ours.device) > torch.arange(L, device=ours.device)[rows, None]
+    for x in (ours, theirs):
+        x = x.float().unflatten(-1, (heads, -1)).transpose(1, 2)            # (B, A, L, C / A)
+        scores = x[:, :, rows] @ x.mT / x.shape[-1] ** 0.5                  # (B, A, rows, L)
+        log_R.append(scores.masked_fill(future, -torch.inf).log_softmax(-1))
+    # Where the future is, both are 0 and their logs are not: 0 log 0 = 0.
+    (log_ours, log_theirs), p = (x.masked_fill(future, 0) for x in log_R), log_R[1].exp()
+    uniform = -(~future).sum(-1, keepdim=True).log()
+    return (p * (log_theirs - log_ours)).sum(), (p * (log_theirs - uniform)).sum()
+
+
+OBJECTIVES = {
+    "od": (predictions, ("everything",)), "hs": (hidden_states, ("everything",)),
+    "mha": (relations, ("everything",)), "matrix": STAGES[1],
+}
+
+
+# -----------------------------------------------------------------------------
+# --study runs a grid of runs like any other, each with several seeds, and tabulates
 # what came of them. A finished cell is not run again.
 
 STARTS = {  # [3]'s initialisations, and the best two at once
