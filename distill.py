@@ -1308,16 +1308,15 @@ STUDIES = {  # name: {cell: its flags}
     "mixers": {f"{mixer}, from {start}": f"--mixer {mixer} {flags}"
                for start, flags in STARTS.items() for mixer in MIXERS},
     "objectives": {
-        "od": "--objective od --lr 1e-3 1e-3",
-        **{f"hs {name}": f"--objective hs --layer_map {name} --lr 1e-3 1e-3"
-           for name in LAYER_MAPS},
-        "mha": "--objective mha --lr 1e-3 1e-3",
-        "matrix": "--objective matrix --lr 2e-3 1e-3",
+        "od": "--objective od",
+        **{f"hs {name}": f"--objective hs --layer_map {name}" for name in LAYER_MAPS},
+        "mha": "--objective mha", "matrix": "--objective matrix",
     },
 }
 STUDIED = {  # what all cells of a study share; the command line may say otherwise
     "mixers": "--preset tiny --eval_tokens 32768",
-    "objectives": "--preset tiny --n_layer 2 --init qkv --tokens 0.15e6 0.35e6 --eval_tokens 32768",
+    "objectives": "--preset tiny --n_layer 2 --init qkv --tokens 0.15e6 0.35e6 --lr 1e-3 2.8e-3 "
+                  "--eval_tokens 32768",
 }
 
 
