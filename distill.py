@@ -58,7 +58,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -267,9 +267,18 @@ def clock(seconds):
 
 def choose_learners(student, parts):
     """Freeze all but what a row of STAGES names, in mixers of SSM layers. -> {name: parameter}"""
+    if isinstance(student, FSDPModule):         # since it was last asked, some of its parameters
+        student.reshard()                       # have been whole: other objects than its shards
     mixers = tuple(f"backbone.layers.{i}.mixer." for i in student.ssm_layers)
-    learn = {name: p for name, p in student.named_parameters() if parts == ("everything",)
-             or name.startswith(mixers) and any(part in name for part in parts)}
+    if parts == ("everything",):
+        learn = dict(student.named_parameters())
+    elif parts[0] == "all but":
+        last = f"backbone.layers.{student.config.n_layer - 1}."
+        without = tuple(part.replace("last layer's ", last) for part in parts[1:])
+        learn = {name: p for name, p in student.named_parameters() if not name.startswith(without)}
+    else:
+        learn = {name: p for name, p in student.named_parameters()
+                 if name.startswith(mixers) and any(part in name for part in parts)}
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in learn)
     return learn
@@ -1287,9 +1296,12 @@ def relation_gap(ours, theirs, heads, start):
     return (p * (log_theirs - log_ours)).sum(), (p * (log_theirs - uniform)).sum()
 
 
-OBJECTIVES = {
-    "od": (predictions, ("everything",)), "hs": (hidden_states, ("everything",)),
-    "mha": (relations, ("everything",)), "matrix": STAGES[1],
+AFTER_THE_LAYERS = "backbone.final_layernorm", "lm_head"
+AFTER_Q_K_V = tuple(f"last layer's {part}" for part in (
+    "mixer.out_proj", "mixer.D", "mixer.z_bias", "post_attention_layernorm", "mlp"))
+OBJECTIVES = {  # as STAGES. What a loss does not reach must not wait for its gradient
+    "od": STAGES[3], "hs": (hidden_states, ("all but", *AFTER_THE_LAYERS)),
+    "mha": (relations, ("all but", *AFTER_THE_LAYERS, *AFTER_Q_K_V)), "matrix": STAGES[1],
 }
 
 

@@ -2872,13 +2872,15 @@ def torchrun(processes, *command):
             "--master_port", str(29500 + os.getpid() % 1000), str(HERE / "distill.py"), *command]
 
 
-@pytest.mark.parametrize("more", [(), ("--fsdp",), ("--fsdp", "--mixer", "gla")],
-                         ids=["ddp", "fsdp", "fsdp, another mixer"])
+@pytest.mark.parametrize("more", [
+    "", "--fsdp", "--fsdp --mixer gla", "--fsdp --stage 3", "--objective hs",
+    "--fsdp --objective mha --n_layer 2"])
 def test_two_processes_distil_as_one_does(tmp_path, teacher_folder, data_folder, more):
     # Batches of 256 tokens are 8 windows, 4 for each of two processes, in micro-batches of 2: the
     # sums of one process, in another order. In fp32 that is 6e-8 a step, which the steps amplify.
-    command = ["--batch", "256", "--tokens", "1536", "1536", "1536", "--micro_batch", "2",
-               "--save_minutes", "0", "--attn_layers", "1", "--fp32", "--device", "cpu", *more]
+    stages = 1 if "stage" in more else 2 if "objective" in more else 3
+    command = ["--batch", "256", "--tokens", *["1536"] * stages, "--micro_batch", "2", "--fp32",
+               "--save_minutes", "0", "--attn_layers", "0", "--device", "cpu", *more.split()]
     def losses(out):
         return [(e["stage"], e["tokens"], e["loss"]) for e in map(
             json.loads, (out / "log.jsonl").read_text().splitlines())]
@@ -2888,7 +2890,7 @@ def test_two_processes_distil_as_one_does(tmp_path, teacher_folder, data_folder,
     done = subprocess.run(torchrun(2, *two), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("stage 3 | saved") == 1
-    assert len(losses(tmp_path / "one")) == 18
+    assert len(losses(tmp_path / "one")) == 6 * stages
     for (stage, tokens, want), got in zip(losses(tmp_path / "one"), losses(tmp_path / "two"),
                                           strict=True):
         assert got == (stage, tokens, pytest.approx(want, rel=1e-5))
