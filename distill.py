@@ -1284,8 +1284,8 @@ def relation_gap(ours, theirs, heads, start):
     """x (B, L, C) -> sums over the rows from `start` on of R = softmax(x x^T / sqrt(C / heads)),
     causal, in `heads` parts of C: KL(R of theirs || R of ours), KL(R of theirs || uniform)"""
     rows, log_R = slice(start, start + RELATIONS_AT_ONCE), []
-    L = theirs.shape[1]
-    future = torch.arange(L, device=ours.device) > torch.arange(L, device=ours.device)[rows, None]
+    position = torch.arange(theirs.shape[1], device=ours.device)
+    future = position > position[rows, None]                                # (rows, L)
     for x in (ours, theirs):
         x = x.float().unflatten(-1, (heads, -1)).transpose(1, 2)            # (B, A, L, C / A)
         scores = x[:, :, rows] @ x.mT / x.shape[-1] ** 0.5                  # (B, A, rows, L)

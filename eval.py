@@ -566,7 +566,8 @@ def draw_losses(path, title, log):
     log, panels = list(log), {}
     for stage, unit in ((1, "Frobenius distance"), (2, "L2 distance"), (3, "KL, nats a token")):
         events = [event for event in log if event["stage"] == f"stage {stage}"]
-        parts = list(zip(*[iter(events)] * max(1, len(events) // 100), strict=False))
+        n = max(1, len(events) // 100)
+        parts = [events[i:i + n] for i in range(0, len(events) - n + 1, n)]
         x, y = ([statistics.mean(e[key] for e in part) * by for part in parts]
                 for key, by in (("tokens", 1e-6), ("loss", 1)))
         panels[f"stage {stage}"] = "tokens, millions", unit, {"": (x, y)}

@@ -657,21 +657,25 @@ def test_sampling_draws_by_the_probabilities():
     assert top == {2, 3}
 
 
-def test_a_captured_step_is_the_step():
+def captured_step_is_the_step(student):
     # The graph itself needs a GPU. Here the same buffers are replayed in Python: `capture` runs
     # the work a few times, as a capture does, and keeps one output tensor.
-    student, tokens = SSM.from_teacher(random_teacher()), some_tokens(3, 30)
-
     def capture(work):
         for _ in range(3):
             out = work()
         return (lambda: out.copy_(work())), out
 
     with torch.no_grad():
-        _, state = student.read(tokens)
+        _, state = student.read(some_tokens(3, 30))
         plain, graph = student.stepper(state), student.stepper(state, capture)
         for token in some_tokens(3, 10, seed=1).T:
             assert rel(graph(token), plain(token)) < 1e-6
+
+
+def test_a_captured_step_is_the_step():
+    student, tokens = SSM.from_teacher(random_teacher()), some_tokens(3, 30)
+    captured_step_is_the_step(student)
+    with torch.no_grad():
         if torch.cuda.is_available():
             student.cuda()
             _, state = student.read(tokens.cuda())
@@ -1789,18 +1793,7 @@ def test_every_mixer_writes_as_it_reads_and_leaves_no_trace_of_padding(name, mon
     assert all(map(torch.equal, together, alone))
     with torch.no_grad():
         assert torch.equal(student.logits(alone[1][None])[0, 199:-1].argmax(-1), alone[1][200:])
-    pure, tokens = SSM.from_teacher(random_teacher(), mixer=name), some_tokens(3, 30)
-
-    def capture(work):                          # see test_a_captured_step_is_the_step
-        for _ in range(3):
-            out = work()
-        return (lambda: out.copy_(work())), out
-
-    with torch.no_grad():
-        _, state = pure.read(tokens)
-        plain, graph = pure.stepper(state), pure.stepper(state, capture)
-        for token in some_tokens(3, 10, seed=1).T:
-            assert rel(graph(token), plain(token)) < 1e-6
+    captured_step_is_the_step(SSM.from_teacher(random_teacher(), mixer=name))
 
 
 # bf16 has 8 bits, 0.4% a number, some of them one after the other; mLSTM divides by a q n that may
