@@ -142,10 +142,11 @@ def next_tokens(student, teacher, tokens):
     yield loss, loss.detach() / math.log(logits.shape[-1])
 
 
-STAGES = {  # number: (loss, the parameters that learn, by a part of their name)
-    1: (matrices, ("mixer.in_proj", "mixer.conv1d", "mixer.D")),
-    2: (blocks, ("mixer.",)),
-    3: (predictions, ("everything",)),
+EVERYTHING, MIXERS_ONLY = "", r"mixer\.(?!self_attn)"
+STAGES = {  # number: (loss, the parameters that learn: what is found in their names)
+    1: (matrices, r"mixer\.(in_proj|conv1d|D)"),
+    2: (blocks, MIXERS_ONLY),
+    3: (predictions, EVERYTHING),
 }
 PRESETS = {  # what, and how much; one value for each stage, or one for all
     "phi": dict(
@@ -170,14 +171,14 @@ RECIPES = {  # how; what the modern one does not say is the preset's, chosen for
 # -----------------------------------------------------------------------------
 # one loop for all of them
 
-def train(name, losses, parts, student, teacher, data, at, run, plan):
+def train(name, losses, which, student, teacher, data, at, run, plan):
     """Train `student` on plan.tokens tokens from window `at` of `data` on. -> seconds it took
 
-    name: what the log calls it   losses, parts: a row of STAGES   plan: tokens, batch, lr
+    name: what the log calls it   losses, which: a row of STAGES   plan: tokens, batch, lr
     Of several processes each reads its own windows of the same batches.
     """
     args, B, L, world = run.args, plan.micro_batch, run.args.context, run.world
-    learn = choose_learners(student, parts)
+    learn = choose_learners(student, which)
     held = rows_without_gradient(student) if losses is matrices else []
     optimizer = make_optimizer(learn, args)
     autocast = contextlib.nullcontext if losses is matrices else run.autocast
@@ -265,20 +266,12 @@ def clock(seconds):
     return f"{minutes}m{seconds:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
 
 
-def choose_learners(student, parts):
-    """Freeze all but what a row of STAGES names, in mixers of SSM layers. -> {name: parameter}"""
+def choose_learners(student, which):
+    """Freeze all but what a row of STAGES names. -> {name: parameter}"""
     if isinstance(student, FSDPModule):         # since it was last asked, some of its parameters
         student.reshard()                       # have been whole: other objects than its shards
-    mixers = tuple(f"backbone.layers.{i}.mixer." for i in student.ssm_layers)
-    if parts == ("everything",):
-        learn = dict(student.named_parameters())
-    elif parts[0] == "all but":
-        last = f"backbone.layers.{student.config.n_layer - 1}."
-        without = tuple(part.replace("last layer's ", last) for part in parts[1:])
-        learn = {name: p for name, p in student.named_parameters() if not name.startswith(without)}
-    else:
-        learn = {name: p for name, p in student.named_parameters()
-                 if name.startswith(mixers) and any(part in name for part in parts)}
+    which = re.compile(which.replace("LAST", str(student.config.n_layer - 1)))
+    learn = {name: p for name, p in student.named_parameters() if which.search(name)}
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in learn)
     return learn
@@ -896,11 +889,11 @@ def main(arguments=None):
 
 def distil(stage, student, about, teacher, data, windows, run):
     """One stage, from the student at its start to its folder. about: what came before"""
-    (losses, parts), plan = stage_of(stage, run.args), run.args.plans[stage]
+    (losses, which), plan = stage_of(stage, run.args), run.args.plans[stage]
     print(f"\nstage {stage} of 3 | {doc_of(losses)}")
-    run.flops = useful(run.cost(losses, parts, student.config, teacher.config, plan))
+    run.flops = useful(run.cost(losses, which, student.config, teacher.config, plan))
     with stopping(run):
-        seconds = train(f"stage {stage}", losses, parts, student, teacher, data,
+        seconds = train(f"stage {stage}", losses, which, student, teacher, data,
                         about["tokens"] // run.args.context, run, plan)
     row = compare(student, teacher, windows) | {
         "tokens": about["tokens"] + plan.tokens // plan.batch * plan.batch,
@@ -935,12 +928,12 @@ def make_ready(model, shard, args):
 
 def stage_of(stage, args):
     """A row of STAGES as the command line asks for it: stage 3's loss has options"""
-    losses, parts = OBJECTIVES[args.objective] if stage == 2 and args.objective else STAGES[stage]
+    losses, which = OBJECTIVES[args.objective] if stage == 2 and args.objective else STAGES[stage]
     options = {predictions: ("loss", "temperature", "hard_weight"), hidden_states: ("layer_map",),
                relations: ("relation_layer", "relation_heads")}.get(losses, ())
     if options:
         losses = functools.partial(losses, **{name: getattr(args, name) for name in options})
-    return losses, ("mixer.",) if args.train == "mixer" else parts
+    return losses, MIXERS_ONLY if args.train == "mixer" else which
 
 
 def doc_of(losses):
@@ -961,9 +954,9 @@ def controls(run, teacher, data, windows, few, tokens):
         if losses is next_tokens:
             student = SSM(student.config)
         make_ready(student.to(run.device), shard_student, run.args)
-        run.flops = useful(run.cost(losses, ("everything",), student.config, teacher.config, plan))
+        run.flops = useful(run.cost(losses, EVERYTHING, student.config, teacher.config, plan))
         with stopping(run):
-            seconds = train(name, losses, ("everything",), student, teacher, data, 0, run, plan)
+            seconds = train(name, losses, EVERYTHING, student, teacher, data, 0, run, plan)
         row = compare(student, teacher, windows) | {"tokens": tokens, "seconds": seconds}
         run.saved.note(**{name: row})
         print(f"{name} | {describe(row)}")
@@ -1057,14 +1050,14 @@ class Meter(TorchDispatchMode):
         self.now = [self.now[0] - n, self.now[1] - logits]
 
 
-def fake_step(losses, parts, config, hf, plan, args, gpu, bf16):
+def fake_step(losses, which, config, hf, plan, args, gpu, bf16):
     """One micro-batch of a student `config` and a teacher `hf` -> FLOPs and bytes, by part"""
     with FakeTensorMode():
         teacher = Teacher.random(hf, dtype=torch.bfloat16 if gpu else torch.float32)
         teacher = teacher.at(config.n_layer)
         student = SSM(config)
         student.recompute = args.recompute
-        learn = choose_learners(student, parts)
+        learn = choose_learners(student, which)
         for p in learn.values():
             p.grad = torch.zeros_like(p)            # as it is after the first micro-batch
         tokens = torch.zeros(plan.micro_batch, args.context, dtype=torch.long)
@@ -1097,11 +1090,11 @@ def bytes_of_moments(p, optimizer):
     return p.numel() * 2 * (1 + 4 / 256) if eight else p.numel() * 8
 
 
-def cost(losses, parts, config, hf, plan, args, gpu, bf16):
+def cost(losses, which, config, hf, plan, args, gpu, bf16):
     """What fake_step says of the whole model, from models of two and of three layers: all layers of
     a kind cost the same. "gathered bytes": what FSDP2 holds beside its shards."""
     if args.objective or config.n_layer < hf.num_hidden_layers:     # small ones, as they are
-        costs = fake_step(losses, parts, config, hf, plan, args, gpu, bf16)
+        costs = fake_step(losses, which, config, hf, plan, args, gpu, bf16)
         return costs | {"gathered bytes": 0}
 
     def measured(n, *attn_layers):
@@ -1110,7 +1103,7 @@ def cost(losses, parts, config, hf, plan, args, gpu, bf16):
         if getattr(hf, "layer_types", None):
             small.layer_types = hf.layer_types[:n]
         shapes = dataclasses.replace(config, n_layer=n, attn_layers=attn_layers)
-        return fake_step(losses, parts, shapes, small, plan, args, gpu, bf16)
+        return fake_step(losses, which, shapes, small, plan, args, gpu, bf16)
 
     attention, ssms = len(config.attn_layers), config.n_layer - len(config.attn_layers)
     two, three = measured(2), measured(3)
@@ -1141,8 +1134,8 @@ def show_plan(args):
     print(f"{args.teacher} on {args.world} x {args.plan or device}, {peak / 1e12:.4g} TFLOP/s "
           f"each, of which {args.mfu:.0%} (--mfu; --bench measures it)")
     for stage, plan in args.plans.items():
-        losses, parts = stage_of(stage, args)
-        costs = cost(losses, parts, config, hf, plan, args, device == "cuda", bf16)
+        losses, which = stage_of(stage, args)
+        costs = cost(losses, which, config, hf, plan, args, device == "cuda", bf16)
         steps, windows = plan.tokens // plan.batch, plan.micro_batch * args.world
         spent = useful(costs) * steps * plan.batch / (peak * args.mfu * args.world) / 3600
         hours += spent
@@ -1182,12 +1175,12 @@ def bench(run):
 
 def bench_stage(run, teacher, hf, stage, plan):
     """-> the cells of its row"""
-    args, (losses, parts) = run.args, stage_of(stage, run.args)
+    args, (losses, which) = run.args, stage_of(stage, run.args)
     tokens = torch.randint(hf.vocab_size, (plan.micro_batch, args.context), device=run.device)
     student = copy_of_teacher(args, teacher, tokens).to(run.device)
     student.recompute = args.recompute
     make_ready(student, shard_student, args)
-    optimizer = make_optimizer(choose_learners(student, parts), args)
+    optimizer = make_optimizer(choose_learners(student, which), args)
     ask, _ = spread(losses, student, teacher, run)
     autocast = contextlib.nullcontext if losses is matrices else run.autocast
     wait = torch.cuda.synchronize if run.device == "cuda" else contextlib.nullcontext
@@ -1205,7 +1198,7 @@ def bench_stage(run, teacher, hf, stage, plan):
     works = works_of(stage, student, teacher, ask, tokens, autocast)
     ms = {name: timed(work) for name, work in (works | {"optimizer": optimizer.step}).items()}
     step = plan.batch // (tokens.numel() * run.world) * ms["backward"] + ms["optimizer"]
-    costs = run.cost(losses, parts, student.config, hf, plan)
+    costs = run.cost(losses, which, student.config, hf, plan)
     mfu = useful(costs) * plan.batch / (step / 1e3 * run.peak * run.world)
     planned = sum(costs[f"{part} bytes"] for part in (*SHARDED, "activations", "logits"))
     return [f"{x:9.1f}" for x in (ms["teacher"], ms["student"] - ms["teacher"],
@@ -1296,12 +1289,11 @@ def relation_gap(ours, theirs, heads, start):
     return (p * (log_theirs - log_ours)).sum(), (p * (log_theirs - uniform)).sum()
 
 
-AFTER_THE_LAYERS = "backbone.final_layernorm", "lm_head"
-AFTER_Q_K_V = tuple(f"last layer's {part}" for part in (
-    "mixer.out_proj", "mixer.D", "mixer.z_bias", "post_attention_layernorm", "mlp"))
 OBJECTIVES = {  # as STAGES. What a loss does not reach must not wait for its gradient
-    "od": STAGES[3], "hs": (hidden_states, ("all but", *AFTER_THE_LAYERS)),
-    "mha": (relations, ("all but", *AFTER_THE_LAYERS, *AFTER_Q_K_V)), "matrix": STAGES[1],
+    "od": STAGES[3],
+    "hs": (hidden_states, "embedding|layers"),
+    "mha": (relations, r"embedding|layers\.(?!LAST\.(mixer\.(out_proj|D|z_bias)|post|mlp))"),
+    "matrix": STAGES[1],
 }
 
 

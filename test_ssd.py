@@ -2933,12 +2933,12 @@ from transformers import PhiConfig
 stage, flags = int(sys.argv[1]), sys.argv[2:]
 args = distill.parse(["--preset", "tiny", "--stage", str(stage), "--context", "512", "--batch",
                       "2048", "--micro_batch", "2", "--tokens", "4096", *flags])
-losses, parts = distill.stage_of(stage, args)
+losses, which = distill.stage_of(stage, args)
 hf = PhiConfig(vocab_size=16384, hidden_size=512, intermediate_size=2048, num_hidden_layers=6,
                num_attention_heads=8)
 config = Config(**shapes_of(hf, Teacher.random(hf, "meta").inv_freq))
 bf16 = distill.choose_device("cpu")[1] and stage > 1
-costs = distill.cost(losses, parts, config, hf, args.plans[stage], args, False, bf16)
+costs = distill.cost(losses, which, config, hf, args.plans[stage], args, False, bf16)
 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
     x = torch.randn(512, 512, requires_grad=True)
     (x @ x).sum().backward()                                    # what the libraries take
@@ -2946,7 +2946,7 @@ before = most()
 teacher = Teacher.random(hf)
 student = SSM.from_teacher(teacher)
 student.recompute = args.recompute
-optimizer = distill.make_optimizer(distill.choose_learners(student, parts), args)
+optimizer = distill.make_optimizer(distill.choose_learners(student, which), args)
 for step in range(2):
     for micro in range(2):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
