@@ -1298,8 +1298,8 @@ OBJECTIVES = {  # as STAGES. What a loss does not reach must not wait for its gr
 
 
 # -----------------------------------------------------------------------------
-# --study runs a grid of runs like any other, each with several seeds, and tabulates
-# what came of them. A finished cell is not run again.
+# --study runs a grid of runs like any other, each with several seeds, and tabulates what came of
+# them. A finished cell is not run again. The same command in a second process takes other cells.
 
 STARTS = {  # [3]'s initialisations, and the best two at once
     "nothing": "--init random --stage 3 --tokens 0.2e6 --lr 2.8e-3",
@@ -1339,14 +1339,21 @@ def study(args, arguments):
         flags = [*common, *shlex.split(cells[name]), *rest, "--seed", str(seed),
                  "--out", str(folder)]
         row = folder / "row.json"
-        if not row.exists():
-            print(f"\ncell {number} of {len(args.seeds) * len(cells)} | {name} | seed {seed}")
-            main(flags)
-            row.write_text(json.dumps({"flags": flags} | row_of(folder, parse(flags))) + "\n")
-        elif (was := json.loads(row.read_text())["flags"]) != flags:
-            raise UsageError(f"{folder} was finished as {shlex.join(was)}, not as "
-                             f"{shlex.join(flags)}: give that command, or remove the folder")
-    tabulate(args, cells, arguments)
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(filelock.Timeout), filelock.FileLock(folder / ".cell", timeout=0):
+            if not row.exists():
+                print(f"\ncell {number} of {len(args.seeds) * len(cells)} | {name} | seed {seed}")
+                main(flags)
+                row.write_text(json.dumps({"flags": flags} | row_of(folder, parse(flags))) + "\n")
+            elif (was := json.loads(row.read_text())["flags"]) != flags:
+                raise UsageError(f"{folder} was finished as {shlex.join(was)}, not as "
+                                 f"{shlex.join(flags)}: give that command, or remove the folder")
+    elsewhere = [name for seed, name in itertools.product(args.seeds, cells)
+                 if not (cell_folder(args.study, name, seed) / "row.json").exists()]
+    if elsewhere:
+        print(f"\nother processes are at work on {', '.join(elsewhere)}: the last one tabulates")
+    else:
+        tabulate(args, cells, arguments)
 
 
 def cell_folder(study, name, seed):

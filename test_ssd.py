@@ -2811,6 +2811,12 @@ def test_a_study_runs_each_cell_once_and_tabulates_them(
     first = capsys.readouterr().out
     assert first.count("stage 3 | saved") == 4 and "cell 4 of 4 | hs | seed 1" in first
     shutil.rmtree("out/study-objectives/hs/1")
+    shutil.rmtree("results")
+    Path("out/study-objectives/hs/1").mkdir()
+    with filelock.FileLock("out/study-objectives/hs/1/.cell"):          # as another process would
+        distill.main(command)
+    told = capsys.readouterr().out
+    assert "other processes are at work on hs: the last" in told and not Path("results").exists()
     distill.main(command)
     again = capsys.readouterr().out
     assert again.count("stage 3 | saved") == 1 and "cell 4 of 4" in again
