@@ -3122,10 +3122,12 @@ def test_a_mistake_on_the_command_line_exits_with_2_and_one_line(tmp_path):
 # the README
 
 def commands_of_the_readme():
-    readme = (HERE / "README.md").read_text()
-    text = "\n".join(re.findall(r"```(?:sh|console)\n(.*?)```", readme, re.S))
-    lines = [part.strip() for line in text.splitlines()
-             for part in line.removeprefix("$ ").split("#")[0].split("&&")]
+    pages = [HERE / "README.md", *(HERE / "results").glob("*.md")]
+    text = "\n".join(block for page in pages for block in re.findall(
+        r"```(?:sh|console)\n(.*?)```", page.read_text(), re.S))
+    text = text.replace("$s", "0").replace("$r", "modern")              # loops, in their first turn
+    lines = [part.strip().removeprefix("do ") for line in text.splitlines()
+             for part in re.split("&&|;", line.removeprefix("$ ").split("#")[0])]
     return [line for line in lines if line.startswith("python ") and " -c" not in line]
 
 
