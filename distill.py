@@ -1311,16 +1311,18 @@ STARTS = {  # [3]'s initialisations, and the best two at once
 STUDIES = {  # name: {cell: its flags}
     "mixers": {f"{mixer}, from {start}": f"--mixer {mixer} {flags}"
                for start, flags in STARTS.items() for mixer in MIXERS},
-    "objectives": {
-        "od": "--objective od",
-        **{f"hs {name}": f"--objective hs --layer_map {name}" for name in LAYER_MAPS},
-        "mha": "--objective mha", "matrix": "--objective matrix",
+    "objectives": {     # each at the best of the learning rates tried for it, see results/
+        "od": "--stage 3 --tokens 0.5e6 --lr 2.8e-3",
+        **{f"hs {name}": f"--objective hs --layer_map {name} --lr 4e-3 2.8e-3"
+           for name in LAYER_MAPS},
+        "mha": "--objective mha --lr 2e-3 2.8e-3",
+        "matrix": "--objective matrix --lr 8e-3 2.8e-3",
     },
 }
 STUDIED = {  # what all cells of a study share; the command line may say otherwise
     "mixers": "--preset tiny --eval_tokens 32768",
-    "objectives": "--preset tiny --n_layer 2 --init qkv --tokens 0.15e6 0.35e6 --lr 1e-3 2.8e-3 "
-                  "--eval_tokens 32768",
+    "objectives": "--preset tiny --eval_tokens 32768 --n_layer 2 --init qkv "
+                  "--tokens 0.15e6 0.35e6",
 }
 
 
