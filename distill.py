@@ -171,14 +171,14 @@ RECIPES = {  # how; what the modern one does not say is the preset's, chosen for
 # -----------------------------------------------------------------------------
 # one loop for all of them
 
-def train(name, losses, which, student, teacher, data, at, run, plan):
+def train(name, losses, moves, student, teacher, data, at, run, plan):
     """Train `student` on plan.tokens tokens from window `at` of `data` on. -> seconds it took
 
-    name: what the log calls it   losses, which: a row of STAGES   plan: tokens, batch, lr
+    name: what the log calls it   losses, moves: a row of STAGES   plan: tokens, batch, lr
     Of several processes each reads its own windows of the same batches.
     """
     args, B, L, world = run.args, plan.micro_batch, run.args.context, run.world
-    learn = choose_learners(student, which)
+    learn = choose_learners(student, moves)
     held = rows_without_gradient(student) if losses is matrices else []
     optimizer = make_optimizer(learn, args)
     autocast = contextlib.nullcontext if losses is matrices else run.autocast
@@ -266,12 +266,12 @@ def clock(seconds):
     return f"{minutes}m{seconds:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
 
 
-def choose_learners(student, which):
+def choose_learners(student, moves):
     """Freeze all but what a row of STAGES names. -> {name: parameter}"""
     if isinstance(student, FSDPModule):         # since it was last asked, some of its parameters
         student.reshard()                       # have been whole: other objects than its shards
-    which = re.compile(which.replace("LAST", str(student.config.n_layer - 1)))
-    learn = {name: p for name, p in student.named_parameters() if which.search(name)}
+    moves = re.compile(moves.replace("LAST", str(student.config.n_layer - 1)))
+    learn = {name: p for name, p in student.named_parameters() if moves.search(name)}
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in learn)
     return learn
@@ -686,6 +686,8 @@ def like(p, x):
 def choose_device(asked, fp32=False):
     """-> the device, whether stages 2 and 3 compute in bf16 there, and why we think so"""
     device = asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA device here")
     if device == "cuda":
         bf16, why = torch.cuda.is_bf16_supported(), torch.cuda.get_device_name()
     else:
@@ -889,11 +891,11 @@ def main(arguments=None):
 
 def distil(stage, student, about, teacher, data, windows, run):
     """One stage, from the student at its start to its folder. about: what came before"""
-    (losses, which), plan = stage_of(stage, run.args), run.args.plans[stage]
+    (losses, moves), plan = stage_of(stage, run.args), run.args.plans[stage]
     print(f"\nstage {stage} of 3 | {doc_of(losses)}")
-    run.flops = useful(run.cost(losses, which, student.config, teacher.config, plan))
+    run.flops = useful(run.cost(losses, moves, student.config, teacher.config, plan))
     with stopping(run):
-        seconds = train(f"stage {stage}", losses, which, student, teacher, data,
+        seconds = train(f"stage {stage}", losses, moves, student, teacher, data,
                         about["tokens"] // run.args.context, run, plan)
     row = compare(student, teacher, windows) | {
         "tokens": about["tokens"] + plan.tokens // plan.batch * plan.batch,
@@ -928,12 +930,12 @@ def make_ready(model, shard, args):
 
 def stage_of(stage, args):
     """A row of STAGES as the command line asks for it: stage 3's loss has options"""
-    losses, which = OBJECTIVES[args.objective] if stage == 2 and args.objective else STAGES[stage]
+    losses, moves = OBJECTIVES[args.objective] if stage == 2 and args.objective else STAGES[stage]
     options = {predictions: ("loss", "temperature", "hard_weight"), hidden_states: ("layer_map",),
                relations: ("relation_layer", "relation_heads")}.get(losses, ())
     if options:
         losses = functools.partial(losses, **{name: getattr(args, name) for name in options})
-    return losses, MIXERS_ONLY if args.train == "mixer" else which
+    return losses, rf"(?=.*{MIXERS_ONLY}).*({moves})" if args.train == "mixer" else moves
 
 
 def doc_of(losses):
@@ -1050,14 +1052,14 @@ class Meter(TorchDispatchMode):
         self.now = [self.now[0] - n, self.now[1] - logits]
 
 
-def fake_step(losses, which, config, hf, plan, args, gpu, bf16):
+def fake_step(losses, moves, config, hf, plan, args, gpu, bf16):
     """One micro-batch of a student `config` and a teacher `hf` -> FLOPs and bytes, by part"""
     with FakeTensorMode():
         teacher = Teacher.random(hf, dtype=torch.bfloat16 if gpu else torch.float32)
         teacher = teacher.at(config.n_layer)
         student = SSM(config)
         student.recompute = args.recompute
-        learn = choose_learners(student, which)
+        learn = choose_learners(student, moves)
         for p in learn.values():
             p.grad = torch.zeros_like(p)            # as it is after the first micro-batch
         tokens = torch.zeros(plan.micro_batch, args.context, dtype=torch.long)
@@ -1090,11 +1092,11 @@ def bytes_of_moments(p, optimizer):
     return p.numel() * 2 * (1 + 4 / 256) if eight else p.numel() * 8
 
 
-def cost(losses, which, config, hf, plan, args, gpu, bf16):
+def cost(losses, moves, config, hf, plan, args, gpu, bf16):
     """What fake_step says of the whole model, from models of two and of three layers: all layers of
     a kind cost the same. "gathered bytes": what FSDP2 holds beside its shards."""
     if args.objective or config.n_layer < hf.num_hidden_layers:     # small ones, as they are
-        costs = fake_step(losses, which, config, hf, plan, args, gpu, bf16)
+        costs = fake_step(losses, moves, config, hf, plan, args, gpu, bf16)
         return costs | {"gathered bytes": 0}
 
     def measured(n, *attn_layers):
@@ -1103,7 +1105,7 @@ def cost(losses, which, config, hf, plan, args, gpu, bf16):
         if getattr(hf, "layer_types", None):
             small.layer_types = hf.layer_types[:n]
         shapes = dataclasses.replace(config, n_layer=n, attn_layers=attn_layers)
-        return fake_step(losses, which, shapes, small, plan, args, gpu, bf16)
+        return fake_step(losses, moves, shapes, small, plan, args, gpu, bf16)
 
     attention, ssms = len(config.attn_layers), config.n_layer - len(config.attn_layers)
     two, three = measured(2), measured(3)
@@ -1134,8 +1136,8 @@ def show_plan(args):
     print(f"{args.teacher} on {args.world} x {args.plan or device}, {peak / 1e12:.4g} TFLOP/s "
           f"each, of which {args.mfu:.0%} (--mfu; --bench measures it)")
     for stage, plan in args.plans.items():
-        losses, which = stage_of(stage, args)
-        costs = cost(losses, which, config, hf, plan, args, device == "cuda", bf16)
+        losses, moves = stage_of(stage, args)
+        costs = cost(losses, moves, config, hf, plan, args, device == "cuda", bf16)
         steps, windows = plan.tokens // plan.batch, plan.micro_batch * args.world
         spent = useful(costs) * steps * plan.batch / (peak * args.mfu * args.world) / 3600
         hours += spent
@@ -1175,12 +1177,12 @@ def bench(run):
 
 def bench_stage(run, teacher, hf, stage, plan):
     """-> the cells of its row"""
-    args, (losses, which) = run.args, stage_of(stage, run.args)
+    args, (losses, moves) = run.args, stage_of(stage, run.args)
     tokens = torch.randint(hf.vocab_size, (plan.micro_batch, args.context), device=run.device)
     student = copy_of_teacher(args, teacher, tokens).to(run.device)
     student.recompute = args.recompute
     make_ready(student, shard_student, args)
-    optimizer = make_optimizer(choose_learners(student, which), args)
+    optimizer = make_optimizer(choose_learners(student, moves), args)
     ask, _ = spread(losses, student, teacher, run)
     autocast = contextlib.nullcontext if losses is matrices else run.autocast
     wait = torch.cuda.synchronize if run.device == "cuda" else contextlib.nullcontext
@@ -1198,7 +1200,7 @@ def bench_stage(run, teacher, hf, stage, plan):
     works = works_of(stage, student, teacher, ask, tokens, autocast)
     ms = {name: timed(work) for name, work in (works | {"optimizer": optimizer.step}).items()}
     step = plan.batch // (tokens.numel() * run.world) * ms["backward"] + ms["optimizer"]
-    costs = run.cost(losses, which, student.config, hf, plan)
+    costs = run.cost(losses, moves, student.config, hf, plan)
     mfu = useful(costs) * plan.batch / (step / 1e3 * run.peak * run.world)
     planned = sum(costs[f"{part} bytes"] for part in (*SHARDED, "activations", "logits"))
     return [f"{x:9.1f}" for x in (ms["teacher"], ms["student"] - ms["teacher"],
@@ -1330,14 +1332,17 @@ def study(args, arguments):
     """All cells of args.study, and results/study-<name>.md at the end"""
     if "RANK" in os.environ:
         raise UsageError("--study runs its small cells in one process: leave torchrun out")
-    skip = {"--study": 1, "--seeds": len(args.seeds)}
-    rest, common = list(arguments), shlex.split(STUDIED[args.study])
-    for flag, n in skip.items():
-        if flag in rest:
-            del rest[rest.index(flag):rest.index(flag) + 1 + n]
-    cells = STUDIES[args.study]
+    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ours.add_argument("--study"), ours.add_argument("--seeds", nargs="+")
+    rest, common = ours.parse_known_args(arguments)[1], shlex.split(STUDIED[args.study])
+    cells, folder_of = STUDIES[args.study], functools.partial(cell_folder, args)
+    theirs = {x for flags in cells.values() for x in flags.split() if x.startswith("--")}
+    theirs = (theirs | {"--out", "--seed"}) - {"--tokens", "--lr"}
+    if said := theirs & {x.split("=")[0] for x in rest}:
+        raise UsageError(f"--study {args.study}: leave out {', '.join(sorted(said))}, each cell "
+                         "has its own")
     for number, (seed, name) in enumerate(itertools.product(args.seeds, cells), 1):
-        folder = cell_folder(args.study, name, seed)
+        folder = folder_of(name, seed)
         flags = [*common, *shlex.split(cells[name]), *rest, "--seed", str(seed),
                  "--out", str(folder)]
         row = folder / "row.json"
@@ -1351,15 +1356,20 @@ def study(args, arguments):
                 raise UsageError(f"{folder} was finished as {shlex.join(was)}, not as "
                                  f"{shlex.join(flags)}: give that command, or remove the folder")
     elsewhere = [name for seed, name in itertools.product(args.seeds, cells)
-                 if not (cell_folder(args.study, name, seed) / "row.json").exists()]
+                 if not (folder_of(name, seed) / "row.json").exists()]
     if elsewhere:
         print(f"\nother processes are at work on {', '.join(elsewhere)}: the last one tabulates")
     else:
         tabulate(args, cells, arguments)
 
 
-def cell_folder(study, name, seed):
-    return Path(f"out/study-{study}") / re.sub(r"\W+", "-", name) / str(seed)
+def name_of(args):
+    """What its folder and its table are called. Of another teacher's it is another study."""
+    return f"study-{args.study}" + (f"-{args.preset}" if args.preset not in (None, "tiny") else "")
+
+
+def cell_folder(args, name, seed):
+    return Path("out") / name_of(args) / re.sub(r"\W+", "-", name) / str(seed)
 
 
 def row_of(folder, args):
@@ -1379,7 +1389,7 @@ def tabulate(args, cells, arguments):
     lines = [f"| {args.study} | val loss | KL | top-1 | key | parameters | state, bytes per layer "
              "| seconds |", "|---" * 8 + "|"]
     for name in cells:
-        rows = [json.loads((cell_folder(args.study, name, seed) / "row.json").read_text())
+        rows = [json.loads((cell_folder(args, name, seed) / "row.json").read_text())
                 for seed in args.seeds]
 
         def cell(key, form, rows=rows):
@@ -1390,7 +1400,7 @@ def tabulate(args, cells, arguments):
         lines.append(f"| {name} | {cell('loss', '.4f')} | {cell('kl', '.4f')} | "
                      f"{cell('top1', '.1%')} | {cell('key', '.2%')} | {rows[0]['parameters']:,} | "
                      f"{rows[0]['state']:,} | {cell('seconds', '.0f')} |")
-    path = Path("results") / f"study-{args.study}.md"
+    path = Path("results") / f"{name_of(args)}.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join([f"`python distill.py {shlex.join(arguments)}`, seeds "
                                f"{', '.join(map(str, args.seeds))}; torch {torch.__version__}, "
@@ -1448,7 +1458,8 @@ def parse(arguments=None):
     add("--save_minutes", type=float, default=10, help="between two states to go on from [10]")
     add("--fresh", action="store_true", help="start over, where an unfinished run lies")
     add("--seed", type=int, default=0, help="of new weights and of data order [%(default)s]")
-    add("--device", default="auto", help="cuda, cpu or mps [%(default)s]")
+    add("--device", default="auto", choices=("auto", "cuda", "cpu"),
+        help="to compute on [%(default)s]")
     # the studies
     add("--n_layer", type=int, help="a student of fewer layers [the teacher's]")
     add("--objective", choices=OBJECTIVES, help="what stage 2 asks instead: the output "

@@ -60,8 +60,6 @@ from model_teacher import Teacher, Tokenizer, architecture, compare, find, pass_
 from prepare import Parser, count, run_program
 
 
-
-
 def open_run(path, stage=None):
     """A run folder or one of its stage folders -> (run.json as a dict, run folder, stage folder)
 
@@ -919,7 +917,8 @@ def parse(arguments=None):
     add("--picture_tokens", type=at_least_one, default=64, help="side of a matrix [%(default)s]")
     add("--heads", type=layer_and_head, nargs="+", help="to draw: LAYER:HEAD [of four layers]")
     add("--export", metavar="FOLDER", help="write a folder that transformers loads")
-    add("--device", default="auto", help="cuda, cpu or mps [auto]")
+    add("--device", default="auto", choices=("auto", "cuda", "cpu"),
+        help="to compute on [auto]")
     args = parser.parse_args(arguments)
     if args.random and not args.speed:
         raise UsageError("--random measures --speed: nothing else can be asked of random weights")

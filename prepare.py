@@ -540,7 +540,8 @@ class Parser(argparse.ArgumentParser):
     """-h shows the header of the file, as typed; a wrong flag is one line, as every mistake is."""
 
     def __init__(self, header):
-        super().__init__(description=header, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=header, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         raise UsageError(f"{message} (python {self.prog} -h lists the flags)")

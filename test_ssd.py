@@ -2804,7 +2804,7 @@ def test_a_study_runs_each_cell_once_and_tabulates_them(
     cells = {"od": "--objective od", "hs": "--objective hs"}
     monkeypatch.setitem(distill.STUDIES, "objectives", cells)
     monkeypatch.setitem(distill.STUDIED, "objectives", "--preset tiny --n_layer 2")
-    command = ["--study", "objectives", "--seeds", "0", "1",
+    command = ["--study=objectives", "--seeds", "0", "1",
                *flags("ignored", teacher_folder, data_folder, "--tokens", "256", "256")]
     command = command[:command.index("--out")] + command[command.index("--out") + 2:]
     distill.main(command)
@@ -2822,6 +2822,8 @@ def test_a_study_runs_each_cell_once_and_tabulates_them(
     assert again.count("stage 3 | saved") == 1 and "cell 4 of 4" in again
     with pytest.raises(UsageError, match="was finished as .*, not as .*--lr 1e-4"):
         distill.main([*command, "--lr", "1e-4"])
+    with pytest.raises(UsageError, match="leave out --objective, --out, each cell has its own"):
+        distill.main([*command, "--out", "here", "--objective=hs"])
     table = Path("results/study-objectives.md").read_text()
     row = re.search(r"^\| od \| ([\d.]+) ± ([\d.]+) \| .* \| ([\d,]+) \| ([\d,]+) \|", table, re.M)
     abouts = [json.loads(Path(f"out/study-objectives/od/{seed}/stage3/config.json").read_text())
@@ -2830,6 +2832,20 @@ def test_a_study_runs_each_cell_once_and_tabulates_them(
     assert float(row[2]) == pytest.approx(abs(abouts[0] - abouts[1]) / 2, abs=1e-4) != 0
     # 3 inputs of a conv of 3 x 32 channels, 4 states of 8 x 8, in fp32
     assert row[4] == f"{(3 * 96 + 4 * 64) * 4:,}"
+
+
+@pytest.mark.parametrize("asked, stage", [
+    ("--stage 1", 1), ("--stage 2", 2), ("--stage 3", 3), ("--objective hs", 2),
+    ("--objective mha", 2)])
+def test_with_mixer_only_what_learns_is_what_also_would_and_is_a_mixers(asked, stage):
+    student = SSM(Config(vocab_size=16, d_model=16, n_layer=3, d_mlp=16, n_head=2, n_qk_head=2,
+                         head_dim=8, d_state=8, attn_layers=(1,), n_kv_head=2))
+
+    def learners(*more):
+        args = distill.parse(["--preset", "tiny", *asked.split(), *more])
+        return list(distill.choose_learners(student, distill.stage_of(stage, args)[1]))
+    mixers = [name for name in learners() if ".mixer." in name and "self_attn" not in name]
+    assert learners("--train", "mixer") == mixers != []
 
 
 @pytest.mark.parametrize("study", distill.STUDIES)
@@ -2939,12 +2955,12 @@ from transformers import PhiConfig
 stage, flags = int(sys.argv[1]), sys.argv[2:]
 args = distill.parse(["--preset", "tiny", "--stage", str(stage), "--context", "512", "--batch",
                       "2048", "--micro_batch", "2", "--tokens", "4096", *flags])
-losses, which = distill.stage_of(stage, args)
+losses, moves = distill.stage_of(stage, args)
 hf = PhiConfig(vocab_size=16384, hidden_size=512, intermediate_size=2048, num_hidden_layers=6,
                num_attention_heads=8)
 config = Config(**shapes_of(hf, Teacher.random(hf, "meta").inv_freq))
 bf16 = distill.choose_device("cpu")[1] and stage > 1
-costs = distill.cost(losses, which, config, hf, args.plans[stage], args, False, bf16)
+costs = distill.cost(losses, moves, config, hf, args.plans[stage], args, False, bf16)
 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
     x = torch.randn(512, 512, requires_grad=True)
     (x @ x).sum().backward()                                    # what the libraries take
@@ -2952,7 +2968,7 @@ before = most()
 teacher = Teacher.random(hf)
 student = SSM.from_teacher(teacher)
 student.recompute = args.recompute
-optimizer = distill.make_optimizer(distill.choose_learners(student, which), args)
+optimizer = distill.make_optimizer(distill.choose_learners(student, moves), args)
 for step in range(2):
     for micro in range(2):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
