@@ -179,7 +179,7 @@ def train(name, losses, moves, student, teacher, data, at, run, plan):
     """
     args, B, L, world = run.args, plan.micro_batch, run.args.context, run.world
     learn = choose_learners(student, moves)
-    held = rows_without_gradient(student) if losses is matrices else []
+    held = rows_without_gradient(student, losses)
     optimizer = make_optimizer(learn, args)
     autocast = contextlib.nullcontext if losses is matrices else run.autocast
     steps, accumulate = plan.tokens // plan.batch, plan.batch // (B * L * world)
@@ -305,16 +305,20 @@ def set_lr(optimizer, lr):
             group["lr"] = lr
 
 
-def rows_without_gradient(student):
+def rows_without_gradient(student, losses):
     """-> [(weight, which of its rows, their values)]: v and z are rows of in_proj that no mixing
-    matrix contains. Weight decay would shrink them in stage 1, so they are put back after each
-    step."""
-    held = []
-    for i in student.ssm_layers:
+    matrix contains, and the last layer's relations have no z and no gates. Weight decay would
+    shrink them, so they are put back after each step."""
+    held, layers, parts = [], [], ()
+    if losses is matrices:
+        layers, parts = student.ssm_layers, (0, 3)
+    elif getattr(losses, "func", None) is relations:
+        layers, parts = [student.config.n_layer - 1], (3, 4)
+    for i in layers:
         mixer = student.layers[i].mixer
         weight, which = mixer.in_proj.weight.detach(), torch.zeros(sum(mixer.sizes), dtype=bool)
-        v, _, _, z, _ = which.split(mixer.sizes)
-        v[:], z[:] = True, True
+        for part in parts:
+            which.split(mixer.sizes)[part][:] = True
         which = like(weight, which)
         if isinstance(weight, DTensor):             # the rows that this process has
             weight, which = weight.to_local(), which.to_local()
@@ -807,7 +811,7 @@ def set_decays(student, teacher, tokens):
 
 def kept_attention(args, n_layer):
     layers = layer_numbers(args.attn_layers, n_layer)
-    if len(layers) == n_layer:
+    if set(range(n_layer)) <= set(layers):
         raise UsageError("every layer keeps its attention: there is no mixer to teach")
     return layers
 
@@ -863,6 +867,8 @@ def main(arguments=None):
     for stage in todo:
         student, about = starting_student(stage, run, teacher, previous, few)
         if stage == todo[0]:                # from here on files change: refusals are behind us
+            costs = {n: run.cost(*stage_of(n, args), student.config, teacher.config, args.plans[n])
+                     for n in todo}         # each loss was asked for once, on empty tensors
             run.alone()
             if not saved.rows:
                 run.begin(teacher, where)
@@ -873,11 +879,13 @@ def main(arguments=None):
         make_ready(student, shard_student, args)
         if about["tokens"] == 0 and "copied" not in saved.rows:
             saved.note(copied=compare(student, teacher, windows) | about)
+        run.flops = useful(costs[stage])
         distil(stage, student, about, teacher, data, windows, run)
         previous = stage
     rows = {name: row for name, row in saved.rows.items() if name in ("teacher", "copied")}
     for stage in range(1, previous + 1):    # earlier stages of this student are read from disk
-        if (run.folder / f"stage{stage}").exists():
+        ours = stage in args.stage or stage < args.stage[0]
+        if ours and (run.folder / f"stage{stage}").exists():
             rows[f"stage {stage}"] = read_about(run.folder / f"stage{stage}")
     if args.controls:
         rows |= controls(run, teacher, data, windows, few, rows[f"stage {previous}"]["tokens"])
@@ -893,7 +901,6 @@ def distil(stage, student, about, teacher, data, windows, run):
     """One stage, from the student at its start to its folder. about: what came before"""
     (losses, moves), plan = stage_of(stage, run.args), run.args.plans[stage]
     print(f"\nstage {stage} of 3 | {doc_of(losses)}")
-    run.flops = useful(run.cost(losses, moves, student.config, teacher.config, plan))
     with stopping(run):
         seconds = train(f"stage {stage}", losses, moves, student, teacher, data,
                         about["tokens"] // run.args.context, run, plan)
@@ -1233,10 +1240,10 @@ def works_of(stage, student, teacher, ask, tokens, autocast):
 # -----------------------------------------------------------------------------
 # the studies. --objective: what stage 2 may ask instead ([2], for students of fewer layers)
 
-def hidden_states(student, teacher, tokens, layer_map="uniform"):
+def hidden_states(student, teacher, tokens, layer_map=None):
     """hidden states: each layer, from the tokens on, says what its layers of the teacher say"""
     ours, theirs = student.outputs(tokens), teacher.outputs(tokens)         # (B, L, D) each
-    pairs = LAYER_MAPS[layer_map](len(ours), len(theirs))
+    pairs = LAYER_MAPS[layer_map or "uniform"](len(ours), len(theirs))
     gap = sum((ours[i] - theirs[t]).float().square().mean() for i, t in pairs) / len(pairs)
     own = sum(theirs[t].float().square().mean() for _, t in pairs) / len(pairs)
     yield gap, gap.detach() / own
@@ -1245,10 +1252,10 @@ def hidden_states(student, teacher, tokens, layer_map="uniform"):
 LAYER_MAPS = {  # of a student of S layers and a teacher of T: which is to say what which one says
     "last": lambda S, T: [(S - 1, T - 1)],
     "uniform": lambda S, T: list(enumerate(sources(S, T))),
-    # the teacher's layers from the one that the layer before ends with on, k = T / S rounded up
+    # and all between it and the one of the layer before, with both
     "uniform_consecutive": lambda S, T: [
-        (i, t) for i in range(S) for k in [-(-T // S)] for t in range(k * i - 1, k * (i + 1))
-        if 0 <= t < T],
+        (i, t) for i, last in enumerate(sources(S, T))
+        for t in range(max(0, i * T // S - 1), last + 1)],
     "uniform_last": lambda S, T: list(enumerate(sources(S, T))) + [
         (i, T - S + i) for i in range(S)],
 }
@@ -1281,10 +1288,11 @@ def relation_gap(ours, theirs, heads, start):
     rows, log_R = slice(start, start + RELATIONS_AT_ONCE), []
     position = torch.arange(theirs.shape[1], device=ours.device)
     future = position > position[rows, None]                                # (rows, L)
-    for x in (ours, theirs):
-        x = x.float().unflatten(-1, (heads, -1)).transpose(1, 2)            # (B, A, L, C / A)
-        scores = x[:, :, rows] @ x.mT / x.shape[-1] ** 0.5                  # (B, A, rows, L)
-        log_R.append(scores.masked_fill(future, -torch.inf).log_softmax(-1))
+    with torch.autocast(ours.device.type, enabled=False):   # bf16 logs are off by percents
+        for x in (ours, theirs):
+            x = x.float().unflatten(-1, (heads, -1)).transpose(1, 2)        # (B, A, L, C / A)
+            scores = x[:, :, rows] @ x.mT / x.shape[-1] ** 0.5              # (B, A, rows, L)
+            log_R.append(scores.masked_fill(future, -torch.inf).log_softmax(-1))
     # Where the future is, both are 0 and their logs are not: 0 log 0 = 0.
     (log_ours, log_theirs), p = (x.masked_fill(future, 0) for x in log_R), log_R[1].exp()
     uniform = -(~future).sum(-1, keepdim=True).log()
@@ -1294,7 +1302,8 @@ def relation_gap(ours, theirs, heads, start):
 OBJECTIVES = {  # as STAGES. What a loss does not reach must not wait for its gradient
     "od": STAGES[3],
     "hs": (hidden_states, "embedding|layers"),
-    "mha": (relations, r"embedding|layers\.(?!LAST\.(mixer\.(out_proj|D|z_bias)|post|mlp))"),
+    "mha": (relations, r"embedding|layers\.(?!LAST\.(mlp|post|"
+                       r"mixer\.(out_proj|D|z_bias|in_proj_gate)))"),
     "matrix": STAGES[1],
 }
 
@@ -1337,17 +1346,23 @@ def study(args, arguments):
     rest, common = ours.parse_known_args(arguments)[1], shlex.split(STUDIED[args.study])
     cells, folder_of = STUDIES[args.study], functools.partial(cell_folder, args)
     theirs = {x for flags in cells.values() for x in flags.split() if x.startswith("--")}
-    theirs = (theirs | {"--out", "--seed"}) - {"--tokens", "--lr"}
+    theirs = (theirs | {"--out", "--seed", "--plan", "--bench"}) - {"--tokens", "--lr"}
     if said := theirs & {x.split("=")[0] for x in rest}:
-        raise UsageError(f"--study {args.study}: leave out {', '.join(sorted(said))}, each cell "
-                         "has its own")
+        raise UsageError(f"--study {args.study}: leave out {', '.join(sorted(said))}: its cells "
+                         "are runs that say that themselves")
+    for name in cells:                                  # mistakes, before the first hour is spent
+        parse([*common, *shlex.split(cells[name]), *rest])
     for number, (seed, name) in enumerate(itertools.product(args.seeds, cells), 1):
         folder = folder_of(name, seed)
         flags = [*common, *shlex.split(cells[name]), *rest, "--seed", str(seed),
                  "--out", str(folder)]
         row = folder / "row.json"
         folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(filelock.Timeout), filelock.FileLock(folder / ".cell", timeout=0):
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(filelock.FileLock(folder / ".cell", timeout=0))
+            except filelock.Timeout:
+                continue                                # another process is at it
             if not row.exists():
                 print(f"\ncell {number} of {len(args.seeds) * len(cells)} | {name} | seed {seed}")
                 main(flags)
@@ -1464,7 +1479,7 @@ def parse(arguments=None):
     add("--n_layer", type=int, help="a student of fewer layers [the teacher's]")
     add("--objective", choices=OBJECTIVES, help="what stage 2 asks instead: the output "
         "distribution, hidden states, relations in q, k and v, or stage 1's matrices")
-    add("--layer_map", choices=LAYER_MAPS, default="uniform", help="of hs [%(default)s]")
+    add("--layer_map", choices=LAYER_MAPS, help="of hs [uniform]")
     add("--relation_layer", type=int, help="of mha: the teacher's [the last but one]")
     add("--relation_heads", type=int, help="of mha [one for 16 channels]")
     add("--study", choices=STUDIES, help="run a grid of all this, and tabulate it in results/")
@@ -1502,6 +1517,12 @@ def parse(arguments=None):
     if set(args.stage) - set(STAGES) or sorted(set(args.stage)) != args.stage:
         raise UsageError(f"--stage {' '.join(map(str, args.stage))}: choose among 1, 2 and 3, "
                          "in this order")
+    if args.objective and 2 not in args.stage:
+        raise UsageError("--objective takes stage 2's place: leave it out, or add 2 to --stage")
+    for name, objective in (("layer_map", "hs"), ("relation_layer", "mha"),
+                            ("relation_heads", "mha")):
+        if getattr(args, name) is not None and args.objective != objective:
+            raise UsageError(f"--{name} is for --objective {objective}")
     if args.fsdp and args.controls:
         raise UsageError("--controls start from the whole teacher, which --fsdp has in shards: "
                          "leave one of them out")

@@ -562,7 +562,7 @@ def draw_lines(path, title, panels, marker="o", contexts=False):
 def draw_losses(path, title, log):
     """log: the events of log.jsonl. A point is the mean of 1% of a stage's steps."""
     log, panels = list(log), {}
-    for stage, unit in ((1, "Frobenius distance"), (2, "L2 distance"), (3, "KL, nats a token")):
+    for stage, unit in ((1, "Frobenius distance"), (2, "distance"), (3, "KL, nats a token")):
         events = [event for event in log if event["stage"] == f"stage {stage}"]
         n = max(1, len(events) // 100)
         parts = [events[i:i + n] for i in range(0, len(events) - n + 1, n)]
@@ -746,10 +746,10 @@ CARD = '''---
 library_name: transformers
 pipeline_tag: text-generation
 base_model: {teacher}
-tags: [mohawk, mamba2]
+tags: [mohawk, {mixer}]
 ---
-A Mamba-2 language model of {layers} layers, distilled from {teacher} with MOHAWK
-(https://arxiv.org/abs/2408.10189). Layers that keep attention: {attention}.
+A language model of {layers} layers, {mixer} where attention was, distilled from {teacher} with
+MOHAWK (https://arxiv.org/abs/2408.10189). Layers that keep attention: {attention}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -810,7 +810,8 @@ def export(student, folder, teacher, about, run):
 
     kept, report = ", ".join(map(str, config.attn_layers)), run / "report.md"
     (partial / "README.md").write_text(CARD.format(
-        folder=folder.name, layers=config.n_layer, attention=kept or "none", **made,
+        folder=folder.name, mixer=config.mixer, layers=config.n_layer, attention=kept or "none",
+        **made,
         table=report.read_text() if report.exists() else "No table: its run is not at hand.\n"))
     if folder.exists():
         folder.rmdir()

@@ -326,8 +326,8 @@ class AttentionMixer(nn.Module):
 # -----------------------------------------------------------------------------
 # the mixers of the study. Each is Mamba-2 but for what stands between q, k, v, the gates and y: the
 # same heads, state, convolution, skip, z and output projection. What their papers put around that
-# (rotary embeddings, a norm of y, SiLU on q and k) none of them has here, so that what is compared
-# is the operators, and all can start from a copy of the teacher's q, k and v.
+# (rotary embeddings, a norm of y, SiLU on q and k, MetaLA's self-augmentation) none has here: what
+# is compared is the operators, and all can start from a copy of the teacher's q, k and v.
 #
 # [3] RetNet, arXiv 2307.08621    [4] linear attention, 2006.16236    [5] xLSTM, 2405.04517
 # [6] MetaLA, 2411.10741    [7] GLA, 2312.06635    [8] DeltaNet, 2406.06484
@@ -599,7 +599,7 @@ class SSM(nn.Module, Writer):
         """tokens (B, L) -> what each layer says, before the final norm: n_layer times (B, L, D)"""
         u, said = self.backbone["embedding"](tokens), []
         for layer in self.layers:
-            u = layer(u)[0]
+            u = self.pass_through(layer, u)[0]
             said.append(u)
         return said
 
@@ -607,7 +607,7 @@ class SSM(nn.Module, Writer):
         """tokens (B, L) -> q, k, v that the last layer's mixer mixes: 3 times (B, L, .)"""
         u = self.backbone["embedding"](tokens)
         for layer in self.layers[:-1]:
-            u = layer(u)[0]
+            u = self.pass_through(layer, u)[0]
         return self.layers[-1].heads(u)
 
     def block(self, i, u):
@@ -636,12 +636,15 @@ class SSM(nn.Module, Writer):
         """
         u, after = self.backbone["embedding"](tokens), []
         for layer, before in zip(self.layers, state or [None] * len(self.layers), strict=True):
-            if self.recompute and torch.is_grad_enabled():
-                u, kept = checkpoint(layer, u, before, real, use_reentrant=False)
-            else:
-                u, kept = layer(u, before, real)
+            u, kept = self.pass_through(layer, u, before, real)
             after.append(kept)
         return self.backbone["final_layernorm"](u), after
+
+    def pass_through(self, layer, u, *more):
+        """layer(u, ...), whose activations are computed again in the backward if `recompute`"""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, u, *more, use_reentrant=False)
+        return layer(u, *more)
 
     def step(self, token, state):
         """One token by the recurrence: token (B), state -> logits (B, V), next state"""

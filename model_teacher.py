@@ -47,6 +47,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
 from model_ssm import UsageError, Writer, ask_hub, first_line, lengths_of, sources
+from ssd_kernel import per_head
 
 FAMILIES = ("phi", "llama", "mistral", "qwen2", "qwen3")
 TINY = Path("out/tiny-teacher")
@@ -230,8 +231,7 @@ class Teacher(Writer):
     def matrix(self, i, u):
         """u (B, L, D) -> (B, H, L, L): layer i's full attention matrix, for pictures and checks"""
         q, k, scale = self.factors(i, u)
-        k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-        scores = torch.einsum("bihn,bjhn->bhij", q, k).float() * scale
+        scores = torch.einsum("bihn,bjhn->bhij", q, per_head(k, q.shape[2])).float() * scale
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=u.device).triu(1)
         return scores.masked_fill(future, -torch.inf).softmax(-1)
 
@@ -250,7 +250,7 @@ class Teacher(Writer):
         h = layer.input_layernorm(u)
         q, k, v = (getattr(layer.self_attn, name)(h).unflatten(-1, (-1, P))     # (B, L, H or G, P)
                    for name in ("q_proj", "k_proj", "v_proj"))
-        return [x.repeat_interleave(q.shape[2] // x.shape[2], 2).flatten(2) for x in (q, k, v)]
+        return [per_head(x, q.shape[2]).flatten(2) for x in (q, k, v)]
 
     def at(self, n_layer):
         """This teacher as a student of n_layer layers sees it: one layer for each of its own"""

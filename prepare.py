@@ -9,7 +9,7 @@ goes on from data/.<name>.partial, and ends with the same bytes:
 
     data/<name>/train_00000.bin ...   only token ids, uint16 (uint32 if the vocabulary needs it)
                 val.bin               every 25th token or so, in whole documents, not trained on
-                                      (a document longer than 65,536 characters counts as several)
+                                      (a text file of more than 65,536 characters counts as several)
                 meta.json             tokenizer, vocabulary, counts, source, every shard's checksum
 
     document | <|endoftext|> | document | <|endoftext|> | ...   packed end to end, read in windows

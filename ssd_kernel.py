@@ -16,7 +16,7 @@ y can be had both ways is the duality of [1]. Each form here is tested against t
     ssd_recurrent   the definition, token by token                         O(L) steps
     ssd_naive       M in full: masked attention with a decay               O(L^2) memory
     ssd_chunked     M in full inside chunks, the recurrence between them   O(L), all matrix products
-    ssd_triton      the same in one kernel, for GPUs: nothing but q k v a and y touches memory
+    ssd_triton      the same in one kernel, for GPUs: no (chunk, chunk) tile touches memory
     ssd_step        one token of the recurrence, for generation
 
 Names, here and in the whole project. Capitals are sizes, small letters tensors; i asks, j is asked:
