@@ -1441,9 +1441,10 @@ def parse(arguments=None):
         "[phi: paper; else modern]")
     add("--mixer", choices=MIXERS, default="mamba2",
         help="what stands where attention was [%(default)s]")
-    add("--init", choices=("mohawk", "qkv", "fit", "distance", "random"), help="mixers start "
-        "MOHAWK's way; from the teacher's q, k, v; so, and fitted to its attention; so, and with "
-        "decays by how far it looks; or as PyTorch's modules do")
+    add("--init", choices=("mohawk", "qkv", "fit", "distance", "conv", "random"), help="mixers "
+        "start MOHAWK's way; from the teacher's q, k, v; so, and fitted to its attention; so, and "
+        "with decays by how far it looks; MOHAWK's way, but for the convolution, which is "
+        "PyTorch's; or all as PyTorch's modules do")
     add("--attn_layers", nargs="+", help="layers that keep attention; paper: 4 10 16 22 [none]")
     add("--out", help="folder of the run [out/<preset>]")
     # how much: one value for each stage, or one for all
@@ -1527,7 +1528,8 @@ def parse(arguments=None):
         raise UsageError("--controls start from the whole teacher, which --fsdp has in shards: "
                          "leave one of them out")
     if args.init in ("fit", "distance") and args.mixer != "mamba2":
-        raise UsageError(f"--init {args.init} is for --mixer mamba2: choose mohawk, qkv or random")
+        raise UsageError(f"--init {args.init} is for --mixer mamba2: choose mohawk, qkv, "
+                         "conv or random")
     if args.temperature <= 0 or args.hard_weight < 0:
         raise UsageError("--temperature must be above 0, and --hard_weight not below it")
     if not own["tokens"] or len(own["tokens"]) == 1:

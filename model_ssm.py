@@ -715,7 +715,7 @@ class SSM(nn.Module, Writer):
 
         attn_layers: numbers of the layers that keep attention, or "all"
         init: "mohawk", see Mamba2.reset_parameters; "qkv", that and the teacher's q, k, v and
-              output projection; or "random", torch's own
+              output projection; "random", torch's own; or "conv", MOHAWK's with torch's conv1d
         overrides: fields of Config, such as d_state or mixer; of fewer layers, each is a copy of
               one of the teacher's
         """
@@ -739,11 +739,14 @@ class SSM(nn.Module, Writer):
             for i in student.ssm_layers:
                 prefix = f"backbone.layers.{i}.mixer.self_attn."
                 copy_qkv(student.layers[i].mixer, theirs, prefix, shapes["n_kv_head"])
+        elif init == "conv":
+            for i in student.ssm_layers:
+                student.layers[i].mixer.conv1d.reset_parameters()
         elif init == "random":
             for i in student.ssm_layers:
                 student.layers[i].mixer = MIXERS[student.config.mixer](student.config)
         elif init != "mohawk":
-            raise UsageError(f"--init {init}: choose mohawk, qkv or random")
+            raise UsageError(f"--init {init}: choose mohawk, qkv, conv or random")
         student.loaded = (f"{len(copied)} tensors copied from the teacher, "
                           f"{len(ours) - len(copied)} of the mixers fresh")
         return student

@@ -1837,7 +1837,7 @@ def test_mamba2s_config_says_nothing_of_other_mixers():
 def test_every_mixer_starts_as_init_says(name):
     teacher = random_teacher()
     theirs = {rename(key): w for key, w in teacher.model.state_dict().items()}
-    for init in ("mohawk", "qkv", "random"):
+    for init in ("mohawk", "qkv", "conv", "random"):
         student = SSM.from_teacher(teacher, init=init, mixer=name)
         for key, w in student.state_dict().items():
             assert ".mixer." in key or torch.equal(w, theirs[key])
@@ -1847,8 +1847,9 @@ def test_every_mixer_starts_as_init_says(name):
                   in ((v, "v_proj", 1), (k, "k_proj", 1), (q, "q_proj", 8 ** -0.5),
                       (mixer.out_proj.weight, "dense", 1))]
         assert copied == [init == "qkv", init == "qkv" and name != "metala"] + [init == "qkv"] * 2
-        assert (init == "random") == bool((z != 0).any()) == bool((mixer.conv1d.weight[..., -1] != 1
-                                                                  ).any())
+        passes = bool((mixer.conv1d.weight[..., -1] == 1).all())
+        assert bool((z != 0).any()) == (init == "random")
+        assert passes == (init in ("mohawk", "qkv"))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
