@@ -384,7 +384,8 @@ class MLSTM(Linear):
     S_t = sigmoid(f_t) S_(t-1) + e^(i_t) k_t v_t^T     y_t = q_t S_t / max(|q_t n_t|, 1)
 
     What is kept is e^(-m_t) S_t, where m_t = max(log sigmoid(f_t) + m_(t-1), i_t, 0): no exponent
-    is above 0, and nothing overflows. y is the same for any m, so m needs no gradient.
+    is above 0, and nothing overflows. y is the same for any m, so m needs no gradient. q n is a sum
+    of both signs: its rounding errors in bf16 would be as large as itself, so this is all in fp32.
     """
     gates = staticmethod(lambda config: 2 * config.n_head)
 
@@ -401,10 +402,11 @@ class MLSTM(Linear):
             m = kept + torch.cat([before, i.clamp_min(0) - kept[:, 1:]], 1).cummax(1).values
             fall = torch.minimum(m[:, :-1] - m[:, 1:], -f)      # no rounding brings a above 0
             m = m[:, 1:].to(f.dtype)
-        k = (k * (i - m).exp()[..., None]).to(k.dtype)
-        y, S = Mamba2.mix(self, (q, k, F.pad(v, (0, 1), value=1.0), f + fall.to(f.dtype)), S)
-        least = (-m).exp()[..., None].to(y.dtype)
-        return y[..., :-1] / torch.maximum(y[..., -1:].abs(), least), S, m[:, -1]
+        q, k, values = (x.to(f.dtype) for x in (q, k, F.pad(v, (0, 1), value=1.0)))
+        k = k * (i - m).exp()[..., None]
+        y, S = Mamba2.mix(self, (q, k, values, f + fall.to(f.dtype)), S)
+        y = y[..., :-1] / torch.maximum(y[..., -1:].abs(), (-m).exp()[..., None])
+        return y.to(v.dtype), S, m[:, -1]
 
     def initial_state(self, B):
         before, S = super().initial_state(B)
