@@ -1252,7 +1252,7 @@ def hidden_states(student, teacher, tokens, layer_map=None):
 LAYER_MAPS = {  # of a student of S layers and a teacher of T: which is to say what which one says
     "last": lambda S, T: [(S - 1, T - 1)],
     "uniform": lambda S, T: list(enumerate(sources(S, T))),
-    # and all between it and the one of the layer before, with both
+    # that one, the one of the layer before, and all between
     "uniform_consecutive": lambda S, T: [
         (i, t) for i, last in enumerate(sources(S, T))
         for t in range(max(0, i * T // S - 1), last + 1)],
@@ -1444,23 +1444,29 @@ def parse(arguments=None):
     add("--init", choices=("mohawk", "qkv", "fit", "distance", "conv", "random"), help="mixers "
         "start MOHAWK's way; from the teacher's q, k, v; so, and fitted to its attention; so, and "
         "with decays by how far it looks; MOHAWK's way, but for the convolution, which is "
-        "PyTorch's; or all as PyTorch's modules do")
+        "PyTorch's; or all as PyTorch's modules do [the recipe's]")
     add("--attn_layers", nargs="+", help="layers that keep attention; paper: 4 10 16 22 [none]")
     add("--out", help="folder of the run [out/<preset>]")
     # how much: one value for each stage, or one for all
-    add("--tokens", type=count, nargs="+", help="budget; one for all is split as the recipe's")
-    add("--batch", type=count, nargs="+", help="tokens per update")
-    add("--lr", type=float, nargs="+", help="peak learning rate")
+    add("--tokens", type=count, nargs="+", help="budget; one for all is split as the "
+        "recipe's [the preset's]")
+    add("--batch", type=count, nargs="+", help="tokens per update [the preset's]")
+    add("--lr", type=float, nargs="+", help="peak learning rate [the preset's]")
     # how
     add("--loss", choices=("kl", "ce"), default="kl", help="of stage 3; same gradient [kl]")
-    add("--temperature", type=float, default=1.0, help="of both models' predictions in it [1]")
-    add("--hard_weight", type=float, default=0.0, help="of the next-token loss beside it [0]")
+    add("--temperature", type=float, default=1.0, help="of both models' predictions in "
+        "stage 3 [1]")
+    add("--hard_weight", type=float, default=0.0, help="of the next-token loss beside "
+        "stage 3's [0]")
     add("--train", choices=("paper", "mixer"), default="paper",
         help="what learns: as the paper's stages, or the mixers only, in stage 3 too [paper]")
-    add("--context", type=int, help="tokens per window")
-    add("--micro_batch", type=int, help="windows at once; the rest of a batch is accumulated")
-    add("--warmup", type=float, help="share of the steps in which the learning rate rises")
-    add("--decay", type=float, help="share of the steps in which it falls")
+    add("--context", type=int, help="tokens per window [the preset's]")
+    add("--micro_batch", type=int, help="windows at once; the rest of a batch is "
+        "accumulated [the preset's]")
+    add("--warmup", type=float, help="share of the steps in which the learning "
+        "rate rises [0.1]")
+    add("--decay", type=float, help="share of the steps in which it falls [the "
+        "recipe's]")
     add("--betas", type=float, nargs=2, default=(0.9, 0.95), help="AdamW's [0.9 0.95]")
     add("--weight_decay", type=float, default=0.1, help="of matrices [%(default)s]")
     add("--clip", type=float, default=1.0, help="largest gradient norm [%(default)s]")
@@ -1486,7 +1492,7 @@ def parse(arguments=None):
     add("--study", choices=STUDIES, help="run a grid of all this, and tabulate it in results/")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of a study [0 1 2]")
     # to compare with
-    add("--eval_tokens", type=count, help="held-out tokens to read")
+    add("--eval_tokens", type=count, help="held-out tokens to read [the preset's]")
     add("--plan", nargs="?", const="", metavar="GPU",
         help=f"print what it would cost on {', '.join(GPUS)} [this machine], and stop")
     add("--world", type=int, default=int(os.environ.get("WORLD_SIZE", 1)),
