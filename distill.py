@@ -1252,10 +1252,11 @@ def hidden_states(student, teacher, tokens, layer_map=None):
 LAYER_MAPS = {  # of a student of S layers and a teacher of T: which is to say what which one says
     "last": lambda S, T: [(S - 1, T - 1)],
     "uniform": lambda S, T: list(enumerate(sources(S, T))),
-    # that one, the one of the layer before, and all between
+    # k = T / S rounded up for each, from the one that the layer before ends with on; where that
+    # uses them up early, the layers that remain ask the last
     "uniform_consecutive": lambda S, T: [
-        (i, t) for i, last in enumerate(sources(S, T))
-        for t in range(max(0, i * T // S - 1), last + 1)],
+        (i, t) for i in range(S) for k in [-(-T // S)]
+        for t in range(max(0, min(k * i, T) - 1), min(k * (i + 1), T))],
     "uniform_last": lambda S, T: list(enumerate(sources(S, T))) + [
         (i, T - S + i) for i in range(S)],
 }
