@@ -1345,18 +1345,19 @@ def study(args, arguments):
     ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     ours.add_argument("--study"), ours.add_argument("--seeds", nargs="+")
     rest, common = ours.parse_known_args(arguments)[1], shlex.split(STUDIED[args.study])
-    cells, folder_of = STUDIES[args.study], functools.partial(cell_folder, args)
+    cells = STUDIES[args.study]
     theirs = {x for flags in cells.values() for x in flags.split() if x.startswith("--")}
     theirs = (theirs | {"--out", "--seed", "--plan", "--bench"}) - {"--tokens", "--lr"}
     if said := theirs & {x.split("=")[0] for x in rest}:
         raise UsageError(f"--study {args.study}: leave out {', '.join(sorted(said))}: its cells "
                          "are runs that say that themselves")
-    for name in cells:                                  # mistakes, before the first hour is spent
-        parse([*common, *shlex.split(cells[name]), *rest])
-    for number, (seed, name) in enumerate(itertools.product(args.seeds, cells), 1):
-        folder = folder_of(name, seed)
-        flags = [*common, *shlex.split(cells[name]), *rest, "--seed", str(seed),
-                 "--out", str(folder)]
+    runs = []
+    for seed, name in itertools.product(args.seeds, cells):
+        folder = cell_folder(args, name, seed)
+        runs.append((seed, name, folder, [*common, *shlex.split(cells[name]), *rest,
+                                          "--seed", str(seed), "--out", str(folder)]))
+        parse(runs[-1][-1])                             # mistakes, before the first hour is spent
+    for number, (seed, name, folder, flags) in enumerate(runs, 1):
         row = folder / "row.json"
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
@@ -1365,14 +1366,13 @@ def study(args, arguments):
             except filelock.Timeout:
                 continue                                # another process is at it
             if not row.exists():
-                print(f"\ncell {number} of {len(args.seeds) * len(cells)} | {name} | seed {seed}")
+                print(f"\ncell {number} of {len(runs)} | {name} | seed {seed}")
                 main(flags)
                 row.write_text(json.dumps({"flags": flags} | row_of(folder, parse(flags))) + "\n")
             elif (was := json.loads(row.read_text())["flags"]) != flags:
                 raise UsageError(f"{folder} was finished as {shlex.join(was)}, not as "
                                  f"{shlex.join(flags)}: give that command, or remove the folder")
-    elsewhere = [name for seed, name in itertools.product(args.seeds, cells)
-                 if not (folder_of(name, seed) / "row.json").exists()]
+    elsewhere = [name for _, name, folder, _ in runs if not (folder / "row.json").exists()]
     if elsewhere:
         print(f"\nother processes are at work on {', '.join(elsewhere)}: the last one tabulates")
     else:
