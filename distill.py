@@ -67,7 +67,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from model_ssm import MIXERS, SSM, Config, UsageError, shapes_of, sources
+from model_ssm import MIXERS, SSM, Config, UsageError, sources
 from model_teacher import (
     TINY,
     Teacher,
@@ -768,7 +768,8 @@ def fit_matrices(student, teacher, tokens, decays):
     """Bring each head's matrix M, made of the teacher's q and k, as near to its attention P as two
     numbers can on these tokens (B, L): c and D of least || P - c M - D I ||_F.
 
-    c goes into q. Scores without a softmax are too loud: c is a few percent.
+    c goes into q. Scores without a softmax are too loud: c is a few percent. It is 0 where M is 0,
+    as in a head that was pruned, or only a diagonal, which D gives alone.
     """
     if decays:
         set_decays(student, teacher, tokens)
@@ -781,7 +782,9 @@ def fit_matrices(student, teacher, tokens, decays):
             products = products + torch.stack([(M * M).sum((-1, -2)), of_M, (P * M).sum((-1, -2)),
                                                of_P, torch.full_like(of_M, tokens.shape[1])])
         MM, MI, PM, PI, II = products                                               # (H) each
-        c = ((PM * II - PI * MI) / (MM * II - MI * MI)).clamp_min(0)
+        spread = MM * II - MI * MI              # >= 0, by Cauchy and Schwarz
+        c = ((PM * II - PI * MI) / spread).clamp_min(0)
+        c = c.where(spread > 1e-12 * MM * II, 0)
         mixer.D.copy_((PI - c * MI) / II)
         c = c.to(mixer.D.dtype)[:, None]
         mixer.in_proj.weight.split(mixer.sizes)[2].unflatten(0, (len(c), -1)).mul_(c[..., None])
@@ -807,6 +810,17 @@ def set_decays(student, teacher, tokens):
         constant = torch.linalg.solve(gram, h.mean(0))                          # (D), h . it ~ 1
         rows = layer.mixer.in_proj.weight.split(layer.mixer.sizes)[-1]          # (H, D)
         rows.copy_(torch.outer((1 / distance).expm1().log(), constant))
+
+
+def shapes_from(args):
+    """-> the teacher's configuration and the student's, of which no weights are read
+
+    UsageError where the teacher has what a student cannot have.
+    """
+    hf = architecture(args.teacher)
+    n_layer = args.n_layer or hf.num_hidden_layers
+    return hf, Config(**Teacher.random(hf, "meta").shapes | {
+        "n_layer": n_layer, "attn_layers": kept_attention(args, n_layer), "mixer": args.mixer})
 
 
 def kept_attention(args, n_layer):
@@ -838,6 +852,7 @@ def main(arguments=None):
     run, total = Run(args), sum(plan.tokens for plan in args.plans.values())
     if args.bench:
         return bench(run)
+    shapes_from(args)                       # a teacher that cannot be had is refused at once
     tokenizer = Tokenizer(args.teacher)
     with first_alone(run):
         data, windows, where = open_data(args, tokenizer, total)
@@ -1110,7 +1125,7 @@ def cost(losses, moves, config, hf, plan, args, gpu, bf16):
         small = copy.deepcopy(hf)
         small.num_hidden_layers = n
         if getattr(hf, "layer_types", None):
-            small.layer_types = hf.layer_types[:n]
+            small.layer_types = hf.layer_types[:1] * n
         shapes = dataclasses.replace(config, n_layer=n, attn_layers=attn_layers)
         return fake_step(losses, moves, shapes, small, plan, args, gpu, bf16)
 
@@ -1130,10 +1145,7 @@ def useful(costs):
 
 def show_plan(args):
     """--plan: what each stage would take. No weights are read, no data, and no GPU is needed."""
-    hf = architecture(args.teacher)
-    n_layer = args.n_layer or hf.num_hidden_layers
-    config = Config(**shapes_of(hf, Teacher.random(hf, "meta").inv_freq) | {
-        "n_layer": n_layer, "attn_layers": kept_attention(args, n_layer), "mixer": args.mixer})
+    hf, config = shapes_from(args)
     device, bf16, _ = choose_device(args.device, args.fp32)
     if args.plan in GPUS:
         device, bf16 = "cuda", True

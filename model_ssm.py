@@ -89,10 +89,12 @@ class Config:
     attn_layers: tuple = ()
     n_kv_head: int = 32
     inv_freq: tuple = phi_frequencies(64)           # rotary embedding
+    rope_scale: float = 1.0         # its cos and sin times this: YaRN's attention factor
     qkv_bias: bool = True
     out_bias: bool = True
     qk_norm: bool = False
-    window: int | None = None       # how far back attention sees, where that is limited
+    window: int | None = None       # how many keys attention sees, where that is limited
+    window_layers: tuple | None = None      # the layers where it is; None: in all
 
     @property
     def d_inner(self):
@@ -221,10 +223,10 @@ class Mamba2(nn.Module):
         q, k, _, a, _, _ = self.project(h)
         return mixing_matrix(q, k, a) + torch.diag_embed(self.D[:, None].expand(-1, h.shape[1]))
 
-    def orientation(self, h, *teachers):
+    def orientation(self, h, q_t, k_t, scale, window=None):
         """-> the distance of this matrix from the teacher's, and the size of that one"""
         q, k, _, a, _, _ = self.project(h)
-        return orientation_loss(*teachers, q, k, a, self.D, return_size=True)
+        return orientation_loss(q_t, k_t, scale, q, k, a, self.D, window, return_size=True)
 
     def initial_state(self, B):
         c, like = self.config, self.in_proj.weight
@@ -251,9 +253,11 @@ class Attention(nn.Module):
     Rotary, grouped-query, with a KV cache.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, i):
         super().__init__()
         self.config, kv = config, config.n_kv_head * config.head_dim
+        limited = config.window_layers is None or i in config.window_layers
+        self.window = config.window if limited else None
         self.q_proj = nn.Linear(config.d_model, config.d_inner, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.d_model, kv, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.d_model, kv, bias=config.qkv_bias)
@@ -279,14 +283,14 @@ class Attention(nn.Module):
             if real is not None:
                 here = here.where(real, NEVER)
             positions = torch.cat([before.expand(len(here), -1), here], dim=1)  # (1 or B, T)
-        q, k = rotate(q, here, c.inv_freq), rotate(k, here, c.inv_freq)
+        q, k = (rotate(x, here, c.inv_freq, c.rope_scale) for x in (q, k))
         if state is not None:
             k, v = (torch.cat(pair, dim=2) for pair in zip(kept, (k, v), strict=True))
             state = k, v, positions
-        plain = k.shape[2] == L and (c.window or L) >= L and real is None   # torch is faster then
+        plain = k.shape[2] == L and (self.window or L) >= L and real is None    # torch is faster
         if not plain:
             distance = here[:, :, None] - positions[:, None, :]
-            seen = (distance >= 0) & (distance < (c.window or NEVER))       # (1 or B, L, T)
+            seen = (distance >= 0) & (distance < (self.window or NEVER))    # (1 or B, L, T)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if plain else seen[:, None],
                                            is_causal=plain, enable_gqa=True)
         return self.dense(y.transpose(1, 2).flatten(-2)), state
@@ -296,15 +300,15 @@ class Attention(nn.Module):
         return empty, empty, torch.empty(1, 0, dtype=torch.long, device=empty.device)
 
 
-def rotate(x, position, inv_freq):
+def rotate(x, position, inv_freq, scale=1.0):
     """Rotary embedding of x (B, H, L, P) at position (1 or B, L).
 
-    Channels i and i + R/2 of the first R turn by position * inv_freq[i].
+    Channels i and i + R/2 of the first R turn by position * inv_freq[i] and grow by `scale`.
     """
     # fp32 frequencies and products, like the teacher's, else positions drift apart from its own
     frequency = torch.tensor(inv_freq, device=x.device, dtype=torch.float32)
     angle = (position.float()[..., None] * frequency)[:, None]                      # (., 1, L, R/2)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos, sin = (angle.cos() * scale).to(x.dtype), (angle.sin() * scale).to(x.dtype)
     first, second, rest = x.split([len(inv_freq)] * 2 + [x.shape[-1] - 2 * len(inv_freq)], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
@@ -312,9 +316,9 @@ def rotate(x, position, inv_freq):
 class AttentionMixer(nn.Module):
     """Attention under the name the published hybrid checkpoint has it: mixer.self_attn."""
 
-    def __init__(self, config):
+    def __init__(self, config, i):
         super().__init__()
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, i)
 
     def forward(self, h, state=None, real=None):
         return self.self_attn(h, state, real)
@@ -353,8 +357,8 @@ class InFull(Mamba2):
         M = self.mix((q, k, each, *a))[0].transpose(1, 2)                           # (B, H, L, L)
         return M + torch.diag_embed(self.D[:, None].expand(H, L))
 
-    def orientation(self, h, *teachers):
-        return distance_in_full(*teachers, self.matrix(h))
+    def orientation(self, h, q_t, k_t, scale, window=None):
+        return distance_in_full(q_t, k_t, scale, self.matrix(h), window)
 
 
 class Linear(InFull):
@@ -481,7 +485,8 @@ class Block(nn.Module):
         super().__init__()
         self.parallel = config.block == "phi"
         self.input_layernorm = norm(config)
-        self.mixer = (AttentionMixer if i in config.attn_layers else MIXERS[config.mixer])(config)
+        attends = i in config.attn_layers
+        self.mixer = AttentionMixer(config, i) if attends else MIXERS[config.mixer](config)
         if not self.parallel:
             self.post_attention_layernorm = norm(config)
         self.mlp = MLP(config) if self.parallel else GatedMLP(config)
@@ -622,8 +627,8 @@ class SSM(nn.Module, Writer):
         return layer.mixer.matrix(layer.input_layernorm(u))
 
     def orientation(self, i, u, *teachers):
-        """teachers: q_t, k_t, scale -> the distance of matrix(i, u) from softmax(q_t k_t^T scale),
-        and the size of the latter, both as orientation_loss has them"""
+        """teachers: q_t, k_t, scale, window -> the distance of matrix(i, u) from the teacher's
+        softmax(q_t k_t^T scale), and the size of the latter, both as orientation_loss has them"""
         return self.layers[i].orientation(u, *teachers)
 
     # generation ----------------------------------------------------------------
@@ -721,9 +726,10 @@ class SSM(nn.Module, Writer):
         overrides: fields of Config, such as d_state or mixer; of fewer layers, each is a copy of
               one of the teacher's
         """
-        shapes = shapes_of(teacher.config, teacher.inv_freq)
-        config = Config(**shapes | overrides)
-        from_layers = sources(config.n_layer, shapes["n_layer"])
+        config = Config(**teacher.shapes | overrides)
+        from_layers = sources(config.n_layer, teacher.shapes["n_layer"])
+        config.window_layers = tuple(i for i, layer in enumerate(from_layers)
+                                     if layer in teacher.shapes["window_layers"])
         attn_layers = range(config.n_layer) if attn_layers == "all" else attn_layers
         config.attn_layers = tuple(attn_layers)
         student = cls(config)
@@ -740,7 +746,7 @@ class SSM(nn.Module, Writer):
         if init == "qkv":
             for i in student.ssm_layers:
                 prefix = f"backbone.layers.{i}.mixer.self_attn."
-                copy_qkv(student.layers[i].mixer, theirs, prefix, shapes["n_kv_head"])
+                copy_qkv(student.layers[i].mixer, theirs, prefix, config.n_kv_head)
         elif init == "conv":
             for i in student.ssm_layers:
                 student.layers[i].mixer.conv1d.reset_parameters()
@@ -871,9 +877,34 @@ def from_hub(name):
 # -----------------------------------------------------------------------------
 # teacher -> student
 
-def shapes_of(hf, inv_freq):
-    """The fields of Config that a Hugging Face decoder's configuration decides."""
-    phi = hf.model_type == "phi"
+# Rotary embeddings that a list of frequencies and one factor describe. Others ("dynamic",
+# "longrope") change with the length of the text.
+ROPES = ("default", "linear", "llama3", "yarn", "proportional")
+ATTENTIONS = {"full_attention", "sliding_attention"}
+
+
+def windows_of(hf):
+    """How many keys each layer of a decoder sees, the query's own among them; None: all"""
+    window = getattr(hf, "sliding_window", None)
+    if hf.model_type == "mistral":
+        return [window] * hf.num_hidden_layers
+    if hf.model_type in ("qwen2", "qwen3"):
+        return [window if kind == "sliding_attention" else None for kind in hf.layer_types]
+    return [None] * hf.num_hidden_layers                # Phi and Llama have no windows
+
+
+def shapes_of(hf, inv_freq, rope_scale=1.0):
+    """The fields of Config that a Hugging Face decoder's configuration decides.
+
+    UsageError, by name, for what the student's blocks cannot do.
+    """
+    phi, rope = hf.model_type == "phi", hf.rope_parameters["rope_type"]
+    if rope not in ROPES:
+        raise UsageError(f"the teacher's rotary embedding is of the kind {rope!r}, which changes "
+                         f"with the length of the text: a student has {', '.join(ROPES)}")
+    if other := sorted(set(getattr(hf, "layer_types", None) or ()) - ATTENTIONS):
+        raise UsageError(f"the teacher has layers of the kind {other[0]!r}: a student has "
+                         f"{', '.join(sorted(ATTENTIONS))}")
     if hf.hidden_act not in (("gelu_new", "gelu_pytorch_tanh") if phi else ("silu",)):
         raise UsageError(f"the teacher's activation {hf.hidden_act} is not one the student has")
     if getattr(hf, "mlp_bias", False) or getattr(hf, "qk_layernorm", False):
@@ -888,10 +919,11 @@ def shapes_of(hf, inv_freq):
             "n_head": hf.num_attention_heads, "n_qk_head": hf.num_attention_heads,
             "head_dim": head_dim, "d_state": head_dim,
             "n_kv_head": hf.num_key_value_heads or hf.num_attention_heads,
-            "inv_freq": tuple(inv_freq),
+            "inv_freq": tuple(inv_freq), "rope_scale": rope_scale,
             "qkv_bias": phi or attention_bias or hf.model_type == "qwen2",
             "out_bias": phi or attention_bias, "qk_norm": hf.model_type == "qwen3",
-            "window": getattr(hf, "sliding_window", None)}
+            "window": max((w for w in windows_of(hf) if w), default=None),
+            "window_layers": tuple(i for i, w in enumerate(windows_of(hf)) if w)}
 
 
 def sources(n, of):

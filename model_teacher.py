@@ -13,7 +13,7 @@ and answers the same questions in the same words as the student, see SSM in mode
     tokens -> embedding --u0--> layer 0 --u1--> layer 1 --u2--> ... -> final norm -> head -> logits
                            |               |
     inputs(tokens):   (0, u0),        (1, u1), ...    stages 1 and 2 feed these to the student
-    factors(i, u):    q, k of layer i, rotary embedding applied, and the softmax scale
+    factors(i, u):    q, k of layer i, rotary embedding applied, the softmax scale, the window
     block(i, u):      what layer i makes of u; of the last layer too, before the final norm
 
 It leaves out: encoders, mixtures of experts, and attention that is not softmax(q k^T scale) v.
@@ -46,8 +46,17 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
-from model_ssm import UsageError, Writer, ask_hub, first_line, lengths_of, sources
-from ssd_kernel import per_head
+from model_ssm import (
+    UsageError,
+    Writer,
+    ask_hub,
+    first_line,
+    lengths_of,
+    shapes_of,
+    sources,
+    windows_of,
+)
+from ssd_kernel import attention_matrix, per_head
 
 FAMILIES = ("phi", "llama", "mistral", "qwen2", "qwen3")
 TINY = Path("out/tiny-teacher")
@@ -97,9 +106,17 @@ def architecture(name):
         return tiny_config(vocab_size=257, eot=256)
     path, options = find(name)
     try:
-        return AutoConfig.from_pretrained(path, **options)
+        config = AutoConfig.from_pretrained(path, **options)
     except Exception as error:                      # the hub client raises a dozen unrelated types
         raise UsageError(f"cannot read the architecture of {name}: {first_line(error)}") from error
+    check_family(name, config)
+    return config
+
+
+def check_family(name, config):
+    if config.model_type not in FAMILIES:
+        raise UsageError(f"{name} is a {config.model_type} model; "
+                         f"teachers are {', '.join(FAMILIES)}")
 
 
 def causal_attention(module, q, k, v, mask, scaling=None, sliding_window=None, dropout=0.0, **_):
@@ -129,19 +146,18 @@ class Teacher(Writer):
     """A frozen decoder. Every method takes and gives plain tensors and records no gradients.
 
     config: its Hugging Face configuration   name: what it was loaded from
-    inv_freq: its rotary frequencies
+    windows: how many keys each layer sees, None where it sees all
     fingerprint: a hash of its weights, the same in every dtype it may be loaded in
     """
 
     def __init__(self, model, name):
         self.model, self.name, self.config = model.eval().requires_grad_(False), name, model.config
-        if self.config.model_type not in FAMILIES:
-            raise UsageError(f"{name} is a {self.config.model_type} model; "
-                             f"teachers are {', '.join(FAMILIES)}")
+        check_family(name, self.config)
         model.set_attn_implementation("caught")
         self.decoder, self.layers = model.model, model.model.layers
         phi = self.config.model_type == "phi"
         self.final_norm = self.decoder.final_layernorm if phi else self.decoder.norm
+        self.windows = windows_of(self.config)
         self.last = None            # (i, u, answers): what layer i said of u when it was last asked
 
     @classmethod
@@ -170,9 +186,14 @@ class Teacher(Writer):
         with torch.device(device):
             return cls(AutoModelForCausalLM.from_config(config, dtype=dtype), "random")
 
-    @property
-    def inv_freq(self):
-        return type(self.decoder.rotary_emb)(self.config).inv_freq.tolist()
+    @functools.cached_property
+    def shapes(self):
+        """What the student has in common with it: fields of Config"""
+        rotary = type(self.decoder.rotary_emb)(self.config)
+        # By the weights: a file may hold a head of its own whatever its config.json says.
+        tied = self.model.lm_head.weight is self.decoder.embed_tokens.weight
+        return shapes_of(self.config, rotary.inv_freq.tolist(), rotary.attention_scaling) | {
+            "tie_embeddings": tied}
 
     @functools.cached_property
     def fingerprint(self):
@@ -222,18 +243,16 @@ class Teacher(Writer):
                                position_embeddings=self.rotary(u))[0]
 
     def factors(self, i, u):
-        """u (B, L, D) -> q (B, L, H, N), k (B, L, G, N), scale
+        """u (B, L, D) -> q (B, L, H, N), k (B, L, G, N), scale, window
 
-        Layer i attends with softmax(q k^T scale).
+        Layer i attends with softmax(q k^T scale), over the last `window` keys, or all if None.
         """
-        return self._ask(i, u)["factors"]
+        return *self._ask(i, u)["factors"], self.windows[i]
 
     def matrix(self, i, u):
         """u (B, L, D) -> (B, H, L, L): layer i's full attention matrix, for pictures and checks"""
-        q, k, scale = self.factors(i, u)
-        scores = torch.einsum("bihn,bjhn->bhij", q, per_head(k, q.shape[2])).float() * scale
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=u.device).triu(1)
-        return scores.masked_fill(future, -torch.inf).softmax(-1)
+        q, k, scale, window = self.factors(i, u)
+        return attention_matrix(q.float(), k.float(), scale, window)
 
     def outputs(self, tokens):
         """tokens (B, L) -> what each layer says, before the final norm: n_layer times (B, L, D)"""

@@ -804,12 +804,14 @@ BACKENDS = {"recurrent": ssd_recurrent, "naive": ssd_naive, "chunked": ssd_chunk
 # -----------------------------------------------------------------------------
 # stage 1's distance
 
-def orientation_loss(q_t, k_t, scale, q, k, a, D, return_size=False, backend="auto"):
+def orientation_loss(q_t, k_t, scale, q, k, a, D, window=None, return_size=False,
+                     backend="auto"):
     """Mean over batch and heads of || softmax(q_t k_t^T scale) - (M + diag D) ||_F, causal
     ([2] section 4.1).
 
     teacher: q_t (B, L, H, N_t), k_t (B, L, G_t, N_t), scale: a number
              fewer k heads, as in grouped-query attention
+             window: how many keys the softmax is over, its own among them; None: all so far
     student: q, k (B, L, G, N)   a (B, L, H) <= 0   D (H)
              gradients for these four
     -> a scalar; with return_size also the mean norm of the teacher's matrix, which is what a silent
@@ -825,15 +827,18 @@ def orientation_loss(q_t, k_t, scale, q, k, a, D, return_size=False, backend="au
     if backend == "auto":
         fits = q.is_cuda and not not_for_triton(q, k_t.shape[-1])
         backend = "triton" if fits else "blocked"
-    distance, size = OrientationLoss.apply(q_t, k_t, scale, q, k, a, D, backend == "triton")
+    window = min(window or a.shape[1], a.shape[1])
+    distance, size = OrientationLoss.apply(q_t, k_t, scale, window, q, k, a, D,
+                                           backend == "triton")
     return (distance, size) if return_size else distance
 
 
 class OrientationLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_t, k_t, scale, q, k, a, D, tiles):
+    def forward(ctx, q_t, k_t, scale, window, q, k, a, D, tiles):
         (B, _, H), G, dtype = a.shape, q.shape[2], wide(a.dtype)
-        dq, dk, dA, dD, squares, squares_t = orientation_op(q_t, k_t, scale, q, k, a, D, tiles)
+        dq, dk, dA, dD, squares, squares_t = orientation_op(q_t, k_t, scale, window, q, k, a, D,
+                                                            tiles)
         norm = squares.sqrt()                                           # (B, H)
         weight = 1 / (norm.clamp_min(torch.finfo(dtype).tiny) * B * H)  # a perfect student: no push
         dq, dk = ((weight[:, None, :, None] * x).unflatten(2, (G, H // G)).sum(3).to(q.dtype)
@@ -847,20 +852,21 @@ class OrientationLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g, _):
-        return None, None, None, *(g * gradient for gradient in ctx.saved_tensors), None
+        return None, None, None, None, *(g * gradient for gradient in ctx.saved_tensors), None
 
 
 @torch.library.custom_op("mohawk::orientation", mutates_args=(), schema="(Tensor q_t, Tensor k_t, "
-                         "float scale, Tensor q, Tensor k, Tensor a, Tensor D, bool tiles) -> "
-                         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
-def orientation_op(q_t, k_t, scale, q, k, a, D, tiles):
+                         "float scale, int window, Tensor q, Tensor k, Tensor a, Tensor D, "
+                         "bool tiles) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+def orientation_op(q_t, k_t, scale, window, q, k, a, D, tiles):
     """-> dq, dk (B, L, H, N), dA (B, L, H), dD, ||E||^2, ||target||^2 (B, H)"""
-    terms = (orientation_triton if tiles else orientation_blocked)(q_t, k_t, scale, q, k, a, D)
+    form = orientation_triton if tiles else orientation_blocked
+    terms = form(q_t, k_t, scale, window, q, k, a, D)
     return tuple(x.contiguous() for x in terms)
 
 
 @orientation_op.register_fake
-def _(q_t, k_t, scale, q, k, a, D, tiles):
+def _(q_t, k_t, scale, window, q, k, a, D, tiles):
     (B, L, H), N, dtype = a.shape, q.shape[-1], torch.float32 if tiles else wide(a.dtype)
     shapes = (B, L, H, N), (B, L, H, N), (B, L, H), (B, H), (B, H), (B, H)
     dtypes = [dtype] * 2 + [dtype if tiles else torch.float64] + [dtype] * 3
@@ -868,7 +874,7 @@ def _(q_t, k_t, scale, q, k, a, D, tiles):
                  for shape, dtype in zip(shapes, dtypes, strict=True))
 
 
-def orientation_blocked(q_t, k_t, scale, q, k, a, D):
+def orientation_blocked(q_t, k_t, scale, window, q, k, a, D):
     """Rows of E in blocks"""
     (B, L, H), dtype = a.shape, wide(a.dtype)
     q_t, k_t, q, k = (per_head(x, H).transpose(1, 2).to(dtype)
@@ -882,7 +888,8 @@ def orientation_blocked(q_t, k_t, scale, q, k, a, D):
         j = min(i + rows, L)                                            # rows i..j-1, cols 0..j-1
         future = torch.ones(j - i, j, dtype=torch.bool, device=q.device).triu(i + 1)
         target = q_t[:, :, i:j] @ k_t[:, :, :j].mT * scale
-        target = target.masked_fill_(future, -torch.inf).softmax(-1)
+        unseen = future | torch.ones_like(future).tril(i - window)      # and beyond the window
+        target = target.masked_fill_(unseen, -torch.inf).softmax(-1)
         # Counted from row i, in fp64, the running sums may go to fp32: far from i they are
         # large, but fade to 0.
         near = (A[:, :, :j] - A[:, :, i, None]).to(dtype)               # (B, H, j)
@@ -904,9 +911,9 @@ def orientation_blocked(q_t, k_t, scale, q, k, a, D):
 
 
 @jit
-def orientation_kernel(x_t, z_t, scale, x, z, a, D, lse, dx, dA, sums, L, H: tl.constexpr,
-                       GX: tl.constexpr, GZ: tl.constexpr, G: tl.constexpr, N_T: tl.constexpr,
-                       N: tl.constexpr, Q: tl.constexpr, FP32_T: tl.constexpr,
+def orientation_kernel(x_t, z_t, scale, window, x, z, a, D, lse, dx, dA, sums, L,
+                       H: tl.constexpr, GX: tl.constexpr, GZ: tl.constexpr, G: tl.constexpr,
+                       N_T: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, FP32_T: tl.constexpr,
                        FP32: tl.constexpr, ROWS: tl.constexpr):
     """Q rows of E, which give dq (x asks, z is asked), or Q columns, which give dk (x is asked).
 
@@ -927,7 +934,9 @@ def orientation_kernel(x_t, z_t, scale, x, z, a, D, lse, dx, dA, sums, L, H: tl.
         for d in range(n):
             z_t_c = read(z_t, row - d * Q, at - d * Q < L, GZ, h // (H // GZ), Q, N_T)
             score = dot(x_t_c, tl.trans(z_t_c), None, FP32_T) * scale
-            score = tl.where(at[:, None] >= (at - d * Q)[None, :], score, float("-inf"))
+            there = at - d * Q
+            seen = (at[:, None] >= there[None, :]) & (at[:, None] < (there + window)[None, :])
+            score = tl.where(seen, score, float("-inf"))
             higher = tl.maximum(top, tl.max(score, 1))
             mass = mass * tl.exp2(top - higher) + tl.sum(tl.exp2(score - higher[:, None]), 1)
             top = higher
@@ -953,7 +962,11 @@ def orientation_kernel(x_t, z_t, scale, x, z, a, D, lse, dx, dA, sums, L, H: tl.
             norm_c = tl.load(lse + there, mask=there < L, other=0.0)[None, :]
         between += tl.where(d > 0, total_z, 0.0)
         target = dot(x_t_c, tl.trans(z_t_c), None, FP32_T) * scale - norm_c
-        target = tl.exp2(tl.where(keep, target, float("-inf")))
+        if ROWS:
+            seen = keep & (there[None, :] > (at - window)[:, None])
+        else:
+            seen = keep & (there[None, :] < (at + window)[:, None])
+        target = tl.exp2(tl.where(seen, target, float("-inf")))
         decay = tl.exp2(tl.where(keep, gap, float("-inf")))
         M = dot(x_c, tl.trans(z_c), None, FP32) * decay
         same = keep & (at[:, None] == there[None, :])
@@ -973,7 +986,7 @@ def orientation_kernel(x_t, z_t, scale, x, z, a, D, lse, dx, dA, sums, L, H: tl.
         tl.store(out + 2, tl.sum(trace, 0))
 
 
-def orientation_triton(q_t, k_t, scale, q, k, a, D):
+def orientation_triton(q_t, k_t, scale, window, q, k, a, D):
     """The same by tiles: rows of E for dq, then columns for dk, so that programs share nothing."""
     (B, L, H), (G, N), N_T = a.shape, q.shape[2:], k_t.shape[-1]
     q_t, k_t, q, k, a, D = (x.contiguous() for x in (q_t, k_t, q, k, a.float(), D.float()))
@@ -986,7 +999,7 @@ def orientation_triton(q_t, k_t, scale, q, k, a, D):
         for asks in (True, False):
             x_t, z_t, x, z = (q_t, k_t, q, k) if asks else (k_t, q_t, k, q)
             orientation_kernel[(-(-L // Q), H, B)](
-                x_t, z_t, scale / math.log(2), x, z, a, D, lse, dq if asks else dk,
+                x_t, z_t, scale / math.log(2), window, x, z, a, D, lse, dq if asks else dk,
                 rows if asks else columns, sums, L, H, x_t.shape[2], z_t.shape[2], G, N_T, N, Q,
                 fp32_t, fp32, asks, num_warps=warps, num_stages=stages)
     squares, squares_t, dD = sums.sum(2).unbind(-1)                     # (B, H) each
@@ -1001,20 +1014,27 @@ def orientation_tiles(N, N_T, fp32, arch):
     return 16 if fp32 else 32, 8 if wide else 4, 1
 
 
-def orientation_loss_naive(q_t, k_t, scale, q, k, a, D):
+def orientation_loss_naive(q_t, k_t, scale, q, k, a, D, window=None):
     """The same with both matrices in full, as the formula reads: referee of orientation_loss."""
     L, H = a.shape[1:]
     M = mixing_matrix(q, k, a) + torch.diag_embed(D[:, None].expand(H, L))
-    return distance_in_full(q_t, k_t, scale, M)[0]
+    return distance_in_full(q_t, k_t, scale, M, window)[0]
 
 
-def distance_in_full(q_t, k_t, scale, M):
+def attention_matrix(q, k, scale, window=None):
+    """q (B, L, H, N), k (B, L, G, N) -> softmax(q k^T scale) (B, H, L, L), causal, over the last
+    `window` keys, its own among them, or all"""
+    L, H = q.shape[1:3]
+    scores = torch.einsum("bihn,bjhn->bhij", q, per_head(k, H)) * scale
+    seen = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
+    if window:
+        seen = seen.triu(1 - window)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1)
+
+
+def distance_in_full(q_t, k_t, scale, M, window=None):
     """orientation_loss and the size, of any matrices M (B, H, L, L), which are there in full."""
-    L, H = M.shape[-1], M.shape[1]
-    q_t, k_t = (per_head(x, H).to(M.dtype) for x in (q_t, k_t))
-    scores = torch.einsum("bihn,bjhn->bhij", q_t, k_t) * scale
-    future = torch.ones(L, L, dtype=torch.bool, device=M.device).triu(1)
-    target = scores.masked_fill(future, -torch.inf).softmax(-1)         # (B, H, L, L)
+    target = attention_matrix(q_t.to(M.dtype), k_t.to(M.dtype), scale, window)  # (B, H, L, L)
     return tuple(x.norm(dim=(-1, -2)).mean() for x in (M - target, target))
 
 

@@ -11,6 +11,7 @@ share of the signal.
 Where there is no GPU, Triton kernels run in its interpreter, in fp32 and fp16 (bf16 products come
 out wrong there), and are compiled ahead of time for the GPUs they are meant for.
 """
+import argparse
 import concurrent.futures
 import doctest
 import functools
@@ -52,7 +53,7 @@ import model_ssm
 import model_teacher
 import prepare
 import ssd_kernel
-from model_ssm import SILU_IS_ONE, SSM, Config, UsageError, rename, shapes_of
+from model_ssm import SILU_IS_ONE, SSM, Config, UsageError, rename
 from model_teacher import Teacher
 from prepare import Tokenizer, Tokens
 from ssd_kernel import mixing_matrix, orientation_loss, orientation_loss_naive, ssd, ssd_recurrent
@@ -161,7 +162,9 @@ def test_shapes_that_do_not_fit_are_refused_by_name():
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 7, 1000])
-def test_orientation_loss_without_the_matrix_is_the_loss_with_it(monkeypatch, rows_at_once):
+@pytest.mark.parametrize("window", [None, 1, 9, 36, 37, 100])
+def test_orientation_loss_without_the_matrix_is_the_loss_with_it(
+        monkeypatch, rows_at_once, window):
     B, L, H = 2, 37, 4
     q, k, _, a, _ = inputs(B, L, H, G=2)
     q_t = inputs(B, L, H, N=6, seed=1)[0]                       # four query heads,
@@ -169,8 +172,8 @@ def test_orientation_loss_without_the_matrix_is_the_loss_with_it(monkeypatch, ro
     D = torch.randn(H, dtype=torch.float64)
     monkeypatch.setattr(ssd_kernel, "TILE", B * H * L * rows_at_once)
     tensors = [x.requires_grad_() for x in (q, k, a, D)]
-    want = orientation_loss_naive(q_t, k_t, 0.3, *tensors)
-    got = orientation_loss(q_t, k_t, 0.3, *tensors)
+    want = orientation_loss_naive(q_t, k_t, 0.3, *tensors, window)
+    got = orientation_loss(q_t, k_t, 0.3, *tensors, window)
     assert abs(want - got) < 1e-12
     grads = torch.autograd.grad(3 * want, tensors), torch.autograd.grad(3 * got, tensors)
     for w, g in zip(*grads, strict=True):
@@ -319,7 +322,8 @@ def orientation_gradients(form, L, dtype, a=None, H=4, G=2, G_t=2, N=16, N_t=32,
 # The loss sums squares of E, and E is a difference of entries known to 1e-7. da is a running sum of
 # L differences.
 @pytest.mark.parametrize("shape", [dict(L=1), dict(L=17, G=4), dict(L=65, G=1, G_t=4),
-                                   dict(L=130, H=2, G=2, G_t=1, N=32, N_t=16)], ids=str)
+                                   dict(L=130, H=2, G=2, G_t=1, N=32, N_t=16),
+                                   dict(L=65, window=1), dict(L=70, window=20)], ids=str)
 def test_orientation_loss_in_tiles_is_the_loss_with_the_matrix(shape):
     got = orientation_gradients(orientation_loss, dtype=torch.float32, backend="triton", **shape)
     want = orientation_gradients(orientation_loss_naive, dtype=torch.float64, **shape)
@@ -428,7 +432,7 @@ def compiled_ahead(job):
         types, aligned = {}, {}
         for n, x in enumerate(kernel.arg_names):
             types[x] = ("constexpr" if x in constants else "fp32" if x == "scale" else
-                        "i32" if x in ("L", "n_docs") else "*i32" if x == "cu" else
+                        "i32" if x in ("L", "n_docs", "window") else "*i32" if x == "cu" else
                         "*fp32" if x in FP32 else f"*{dtype}")
             if types[x].startswith("*"):
                 aligned[(n,)] = [["tt.divisibility", 16]]
@@ -483,6 +487,8 @@ PHI = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attent
            partial_rotary_factor=0.5)
 LLAMA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, vocab_size=257, max_position_embeddings=256)
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0,
+        "original_max_position_embeddings": 16}
 CLASSES = {
     "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**PHI)),
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)),
@@ -494,6 +500,24 @@ CLASSES = {
             "high_freq_factor": 4.0, "original_max_position_embeddings": 64})),
     "mistral, window 8": lambda: transformers.MistralForCausalLM(
         transformers.MistralConfig(**LLAMA, sliding_window=8)),
+    "qwen2, window in layer 1": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        **LLAMA, use_sliding_window=True, sliding_window=8,
+        layer_types=["full_attention", "sliding_attention", "full_attention"])),
+    "qwen3, window from layer 2 on": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**LLAMA, head_dim=8, use_sliding_window=True, sliding_window=5,
+                                 max_window_layers=2)),
+    "llama, a window it does not heed": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**LLAMA, sliding_window=8)),
+    "llama, linear rotary": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        **LLAMA, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0})),
+    "qwen2, yarn": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        **LLAMA | {"max_position_embeddings": 16}, rope_parameters=YARN)),
+    "mistral, yarn with a factor of its own": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**LLAMA | {"max_position_embeddings": 16}, sliding_window=None,
+                                   rope_parameters=YARN | {"attention_factor": 0.7})),
+    "phi, yarn": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(
+        **PHI | {"max_position_embeddings": 16}, rope_parameters=YARN | {
+            "partial_rotary_factor": 0.5})),
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**LLAMA)),
     "qwen3, wide heads": lambda: transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(**LLAMA, head_dim=12)),
@@ -713,7 +737,8 @@ def test_qkv_init_gives_each_head_the_teachers_query_key_and_value(name):
     assert torch.equal(student.layers[1].mixer.out_proj.weight, out.weight)
 
 
-@pytest.mark.parametrize("name", ["phi", "smollm2", "qwen3, wide heads"])
+@pytest.mark.parametrize("name", ["phi", "smollm2", "qwen3, wide heads", "qwen2, yarn",
+                                  "qwen3, window from layer 2 on"])
 @pytest.mark.parametrize("attn_layers", [(), (1,), "all"])
 def test_a_saved_student_comes_back_bit_for_bit(tmp_path, name, attn_layers):
     student = SSM.from_teacher(random_teacher(name), attn_layers)
@@ -867,14 +892,89 @@ def test_the_teacher_hands_out_what_transformers_computes(name):
     want = reference(tokens, output_attentions=True, output_hidden_states=True)
     for i, u in teacher.inputs(tokens):
         assert rel(u, want.hidden_states[i]) < 1e-5             # what layer i is given
-        if "window" not in name:
-            assert rel(teacher.matrix(i, u), want.attentions[i]) < 1e-5
+        assert rel(teacher.matrix(i, u), want.attentions[i]) < 1e-5
         out = teacher.block(i, u)
     # hidden_states[-1] is after the final norm; the teacher's last block output is before it, and
     # the head follows
     assert rel(teacher.final_norm(out), want.hidden_states[-1]) < 1e-5
     assert rel(out, want.hidden_states[-1]) > 0.1
     assert rel(teacher.head(teacher.final_norm(out)), want.logits) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mistral, window 8", "qwen2, window in layer 1",
+                                  "qwen3, window from layer 2 on"])
+def test_stage_1_aims_at_the_teachers_own_attention(name):
+    teacher, tokens = random_teacher(name), some_tokens()
+    student, reference = SSM.from_teacher(teacher), random_model(name)
+    reference.set_attn_implementation("eager")
+    want = reference(tokens, output_attentions=True).attentions
+    for i, (loss, _) in enumerate(distill.matrices(student, teacher, tokens)):
+        (_, u), = teacher.inputs(tokens, only=[i])
+        distance = (student.matrix(i, u) - want[i]).norm(dim=(-1, -2)).mean()
+        assert rel(loss, distance) < 1e-5
+
+
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_embedding_and_head_are_tied_by_the_weights_and_not_by_the_flag(tmp_path, flag, shared):
+    """Some models' config.json says that they are tied, and the file has a head of its own."""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        **LLAMA, tie_word_embeddings=shared))
+    torch.nn.init.normal_(model.model.embed_tokens.weight)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": flag}))
+    if shared and not flag:                     # a head is asked for, and there is none
+        with pytest.raises(UsageError, match="lm_head.weight"):
+            Teacher.load(str(tmp_path))
+        return
+    teacher, tokens = Teacher.load(str(tmp_path)), some_tokens()
+    student = SSM.from_teacher(teacher, "all")
+    assert student.config.tie_embeddings == shared
+    assert torch.equal(student.backbone["embedding"].weight, model.model.embed_tokens.weight)
+    assert rel(student.logits(tokens), model.eval()(tokens).logits) < 1e-5
+    student.save_pretrained(tmp_path / "student")
+    again = SSM.from_pretrained(tmp_path / "student")
+    assert torch.equal(again.logits(tokens), student.logits(tokens))
+
+
+@pytest.mark.parametrize("changed, complaint", [
+    ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
+                          "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}},
+     "'longrope'"),
+    ({"model_type": "qwen2", "layer_types": ["full_attention", "chunked_attention"] * 2,
+      "num_hidden_layers": 4}, "'chunked_attention'"),
+    ({"mlp_bias": True}, "biases in a gated MLP"),
+    ({"hidden_act": "gelu"}, "activation gelu"),
+    ({"model_type": "gpt_neox"}, "gpt_neox model"),
+], ids=str)
+def test_a_teacher_that_no_student_can_copy_is_refused_before_any_text_is_tokenised(
+        tmp_path, monkeypatch, changed, complaint):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("some text\n" * 1000)
+    config = transformers.LlamaConfig(**LLAMA).to_dict()
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(config | changed))
+    model_teacher.byte_tokenizer(256).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UsageError, match=complaint):
+        distill.main(["--preset", "tiny", "--teacher", "teacher", "--data", "texts"])
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("name", ["phi", "llama", "mistral", "qwen2", "qwen3"])
+def test_every_family_is_distilled_with_one_and_two_layers(tmp_path, data_folder, name, layers):
+    torch.manual_seed(0)
+    shapes = (PHI if name == "phi" else LLAMA) | {"num_hidden_layers": layers}
+    config = transformers.AutoConfig.for_model(name, **shapes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
+    model_teacher.byte_tokenizer(256).save_pretrained(tmp_path / "teacher")
+    distill.main(["--preset", "tiny", "--teacher", str(tmp_path / "teacher"), "--data",
+                  str(data_folder), "--context", "32", "--batch", "256", "--tokens", "256", "256",
+                  "256", "--eval_tokens", "256", "--out", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "report.md").exists()
 
 
 def test_the_teachers_mixer_output_is_what_its_attention_adds():
@@ -896,7 +996,7 @@ def test_the_teacher_is_causal(name):
 
 
 def test_the_teachers_cached_generation_is_greedy_decoding():
-    for name in ("phi", "llama", "mistral, window 8"):
+    for name in ("phi", "llama", "mistral, window 8", "qwen2, window in layer 1", "qwen2, yarn"):
         teacher = random_teacher(name)
         out = teacher.generate(some_tokens(L=9), 20)
         assert torch.equal(teacher.logits(out)[:, 8:-1].argmax(-1), out[:, 9:])
@@ -2031,6 +2131,30 @@ def test_a_fitted_student_reaches_as_far_as_its_teacher_and_no_scale_is_better(d
             assert angle.abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("init", ["fit", "distance", "qkv"])
+@pytest.mark.parametrize("pruned", ["q_proj", "k_proj", "v_proj"])
+def test_a_pruned_head_starts_at_zero_and_the_others_as_before(init, pruned):
+    before, after = random_teacher("llama"), random_teacher("llama")
+    for layer in after.layers:
+        getattr(layer.self_attn, pruned).weight[:8] = 0
+    tokens, D = some_tokens(), []
+    for teacher in (before, after):
+        student = distill.copy_of_teacher(argparse.Namespace(
+            seed=0, attn_layers=None, init=init, mixer="mamba2"), teacher, tokens)
+        for _, u in teacher.inputs(tokens, only=[0]):
+            matrix = student.matrix(0, u)
+        D.append(student.layers[0].mixer.D)
+    pruned_heads = {"q_proj": 1, "k_proj": 2, "v_proj": 0}[pruned]      # a key head serves two
+    assert matrix.isfinite().all()
+    assert (matrix[:, :pruned_heads].tril(-1) == 0).all()
+    assert torch.equal(*(x[pruned_heads:] for x in D))
+    for losses, _ in distill.STAGES.values():
+        for loss, left in losses(student, after, tokens):
+            loss.backward()
+            assert loss.isfinite() and left.isfinite()
+    assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
+
+
 def test_a_stream_distils_as_shards_in_its_order_would(tmp_path, teacher_folder):
     (tmp_path / "text.txt").write_text("One reads, " * 3000 + "the other streams. " * 3000)
     command = flags(tmp_path / "run", teacher_folder, tmp_path / "text.txt",
@@ -3006,7 +3130,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
 
 MEASURE = MOST_HELD + """
 import sys, torch, distill
-from model_ssm import SSM, Config, shapes_of
+from model_ssm import SSM, Config
 from model_teacher import Teacher
 from transformers import PhiConfig
 stage, flags = int(sys.argv[1]), sys.argv[2:]
@@ -3015,7 +3139,7 @@ args = distill.parse(["--preset", "tiny", "--stage", str(stage), "--context", "5
 losses, moves = distill.stage_of(stage, args)
 hf = PhiConfig(vocab_size=16384, hidden_size=512, intermediate_size=2048, num_hidden_layers=6,
                num_attention_heads=8)
-config = Config(**shapes_of(hf, Teacher.random(hf, "meta").inv_freq))
+config = Config(**Teacher.random(hf, "meta").shapes)
 bf16 = distill.choose_device("cpu")[1] and stage > 1
 costs = distill.cost(losses, moves, config, hf, args.plans[stage], args, False, bf16)
 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -3057,7 +3181,7 @@ def test_the_plan_counts_the_flops_of_the_textbook():
     teacher = Teacher.random(hf)
     args = distill.parse(["--preset", "tiny", "--context", str(L), "--micro_batch", str(B),
                           "--batch", str(B * L), "--tokens", "1e4", "--fp32"])
-    config = Config(**shapes_of(hf, teacher.inv_freq))
+    config = Config(**teacher.shapes)
     for stage in (2, 3):
         costs = distill.cost(*distill.stage_of(stage, args), config, hf, args.plans[stage], args,
                              False, False)
