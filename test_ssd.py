@@ -646,6 +646,47 @@ def test_padding_is_seen_by_no_one(monkeypatch):
     assert ((positions < model_ssm.NEVER).sum(1) == torch.tensor([1, 200, 5, 65, 63, 64])).all()
 
 
+SIDES = {      # where the real tokens of a row of n stand in L places
+    "left": lambda n, L: range(L - n, L), "right": lambda n, L: range(n),
+    "both": lambda n, L: range((L - n) // 2, (L - n) // 2 + n),
+    "middle": lambda n, L: [*range(1, 1 + n // 2), *range(L - n + n // 2, L)]}
+
+
+def padded(rows, side, L, pad=10**6):
+    """rows of any lengths -> tokens (n, L) and which of them are real. pad: no token has this id"""
+    tokens, real = torch.full((len(rows), L), pad), torch.zeros(len(rows), L, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        at = list(SIDES[side](len(row), L))
+        tokens[i, at], real[i, at] = row, True
+    return tokens, real
+
+
+# In fp64 rounding is 1e-16 a step, and the forms of a chunk lose a few digits: 1e-9, as below. One
+# row is cut after 11 tokens, inside the text or the padding of the others, and goes on.
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name, mixer, attn_layers", [
+    ("phi", "mamba2", (1,)), ("llama", "mamba2", ()), ("mistral, window 8", "mamba2", (0, 2)),
+    ("phi", "mlstm", (1,)), ("phi", "gated_deltanet", ()), ("llama", "gla", ())])
+def test_a_padded_row_comes_out_as_it_would_alone(name, mixer, attn_layers, side):
+    student = SSM.from_teacher(random_teacher(name), attn_layers, "qkv", mixer=mixer).double()
+    rows = [some_tokens(1, n, seed=n)[0] for n in (1, 2, 9, 20)]
+    tokens, real = padded(rows, side, 24)
+    with torch.no_grad():
+        h, _ = student.prefill(tokens, None, real)
+        first, state = student.prefill(tokens[:, :11], student.initial_state(4), real[:, :11])
+        second, state = student.prefill(tokens[:, 11:], state, real[:, 11:])
+        last, _ = student.step(tokens.new_full((4,), 7), state)
+        for i, row in enumerate(rows):
+            want = student.hidden(row[None])[0]
+            assert rel(h[i, real[i]], want) < 1e-9
+            assert rel(torch.cat([first, second], 1)[i, real[i]], want) < 1e-9
+            more = torch.cat([row, row.new_tensor([7])])
+            assert rel(last[i], student.logits(more[None])[0, -1]) < 1e-9
+            places = torch.arange(24)               # padding repeats what stands before it
+            after = places[(places > real[i].int().argmax()) & ~real[i]]
+            assert torch.equal(h[i, after], h[i, after - 1])
+
+
 def test_sampling_draws_by_the_probabilities():
     logits, drawn = torch.tensor([[0.0, 1.0, 2.0, 3.0]]), torch.zeros(4)
     generator = torch.Generator().manual_seed(0)
