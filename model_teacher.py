@@ -279,7 +279,8 @@ class Teacher(Writer):
     @torch.no_grad()
     def step(self, tokens, cache):
         """tokens (B, L) after those in `cache`, which keeps them -> logits (B, V) of the next"""
-        return self.model(tokens, past_key_values=cache, use_cache=True,
+        # by its place, after no mask and no positions: its name is past_key_values or cache
+        return self.model(tokens, None, None, cache, use_cache=True,
                           logits_to_keep=1).logits[:, -1]
 
     def stepper(self, cache):

@@ -33,6 +33,7 @@ import time
 import traceback
 import tracemalloc
 import types
+import warnings
 from pathlib import Path
 
 import filelock
@@ -941,6 +942,15 @@ def test_the_teachers_cached_generation_is_greedy_decoding():
         teacher = random_teacher(name)
         out = teacher.generate(some_tokens(L=9), 20)
         assert torch.equal(teacher.logits(out)[:, 8:-1].argmax(-1), out[:, 9:])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_teacher_writes_by_no_interface_that_is_about_to_go(name):
+    teacher, tokens = random_teacher(name), some_tokens(L=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        out = teacher.generate(tokens, 4)
+    assert torch.equal(out[:, -1], teacher.logits(out[:, :-1])[:, -1].argmax(-1))
 
 
 def test_a_fingerprint_knows_its_teacher_in_any_dtype(teacher_folder):
