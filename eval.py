@@ -288,7 +288,7 @@ class Asked:
         return [sum(next(scored)[0] for _ in text) for text in windows]
 
     def generate_until(self, requests, **_):
-        """What follows greedily, up to a stop string, the end of the text, or max_gen_toks"""
+        """What follows greedily, up to a stop string, an end token, or max_gen_toks"""
         from lm_eval.models.utils import normalize_gen_kwargs
         told = []
         for request in tqdm(requests, desc="texts", mininterval=0.5):
@@ -307,7 +307,7 @@ class Asked:
     def continued(self, prompt, n, stops):
         said = []
         for token in self.model.stream(torch.tensor([prompt], device=self.to), n):
-            if token.item() == self.eot_token_id:
+            if token.item() in self.encoding.stop_ids:
                 break
             said.append(token.item())
             if any(stop in self.encoding.decode(said) for stop in stops):
@@ -839,6 +839,7 @@ def main(arguments=None):
     was = argparse.Namespace(**{"stream": None, "mixer": "mamba2"} | about["arguments"])
     was.teacher = args.teacher or was.teacher
     tokenizer, context = Tokenizer(was.teacher), args.context or was.context
+    tokenizer.check_rows(teacher.config.vocab_size)
     if args.tasks:
         found = scores({"teacher": teacher, "student": student}, tokenizer, context, device,
                        args.tasks, args.include_path, args.limit)
@@ -900,7 +901,8 @@ def parse(arguments=None):
     add("--config", help="which part of a Hugging Face data set")
     # instead of the tables
     add("--prompt", help="both models go on from this [after the tables: 'def ']")
-    add("--length", type=at_least_one, default=300, help="tokens to generate [%(default)s]")
+    add("--length", type=at_least_one, default=300,
+        help="tokens to generate, beyond an end of text too [%(default)s]")
     add("--temperature", type=float, default=0.7, help="0 is greedy [%(default)s]")
     add("--top_k", type=at_least_one, help="sample from so many likeliest tokens [all]")
     add("--seed", type=int, default=0, help="of the sampling [%(default)s]")

@@ -1129,6 +1129,50 @@ def test_shards_are_cut_at_their_size_and_windows_do_not_cross_them(tmp_path, mo
     assert not torch.equal(Tokens(tmp_path, seed=1).batch(0, 9, 32), windows[:9])
 
 
+def byte_tokenizer_with(folder, *tokens, special=True, **named):
+    """The byte tokenizer with more tokens, from id 257 on, saved in `folder`"""
+    tokenizer = model_teacher.byte_tokenizer(256)
+    tokenizer.add_tokens([tokenizers.AddedToken(t, special=special) for t in tokens])
+    tokenizer.add_special_tokens(named)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+# eos is what its tokenizer calls so; the others are what the model's files say.
+@pytest.mark.parametrize("named, generation, config, stops", [
+    ({}, None, None, (256,)),
+    ({}, 256, 256, (256,)),
+    ({"eos_token": "<|im_end|>"}, None, None, (256, 258)),
+    ({"eos_token": "<|im_end|>"}, 257, None, (256, 257, 258)),
+    ({}, [256, 257], 2, (256, 257)),        # 2 is a byte, and ends nothing: a class's default
+    ({}, None, [257], (256, 257))])
+def test_all_that_ends_a_turn_is_known(tmp_path, named, generation, config, stops):
+    byte_tokenizer_with(tmp_path, "<|eom|>", **named)
+    for file, ids in (("generation_config.json", generation), ("config.json", config)):
+        if ids is not None:
+            (tmp_path / file).write_text(json.dumps({"eos_token_id": ids}))
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.stop_ids, tokenizer.eot) == (stops, 256)
+
+
+def test_special_tokens_that_no_text_has_do_not_count(tmp_path):
+    assert Tokenizer("bytes").stop_ids == (256,) and Tokenizer("bytes").vocab_size == 257
+    byte_tokenizer_with(tmp_path / "pad", pad_token="[PAD]")
+    assert Tokenizer(tmp_path / "pad").vocab_size == 257
+    assert Tokenizer(tmp_path / "pad").encode("a[PAD]<|endoftext|>") == [*b"a[PAD]<|endoftext|>"]
+    byte_tokenizer_with(tmp_path / "word", "[PAD]", special=False)      # this one is text
+    word = Tokenizer(tmp_path / "word")
+    assert word.encode("a[PAD]") == [97, 257] and word.vocab_size == 258
+    word.check_rows(258)
+    with pytest.raises(UsageError, match="gives ids up to 257, the model has embeddings for 257 t"):
+        word.check_rows(257)
+    # as many as 16 bits hold, and one that never stands in a text
+    byte_tokenizer_with(tmp_path / "wide", *(f"<{n}>" for n in range(257, 2**16)), special=False,
+                        pad_token="[PAD]")
+    wide = Tokenizer(tmp_path / "wide")
+    assert (wide.vocab_size, wide.dtype, wide.hf.pad_token_id) == (2**16, np.uint16, 2**16)
+
+
 def test_large_vocabularies_get_wide_integers(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "x" * 50}) for _ in range(40)))
     tokenizer = Tokenizer("bytes")
@@ -2406,6 +2450,19 @@ def test_a_text_ends_where_the_first_stop_string_begins(kind):
     assert asked.continued(prompt, 7, []) == Tokenizer("bytes").decode(ids[:7])
     for stops in ([whole[5]], [whole[30:33], whole[20:23]]):
         assert asked.continued(prompt, 100, stops) == whole[:min(map(whole.index, stops))]
+
+
+@pytest.mark.parametrize("end", [256, 257, 258])
+def test_a_text_ends_at_any_of_the_models_end_tokens(tmp_path, end):
+    byte_tokenizer_with(tmp_path, "<|eom|>", eos_token="<|im_end|>")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 256]}))
+
+    class Model:
+        def stream(self, prompts, n):
+            yield from (torch.tensor([i]) for i in [*b"42", end, *b"user: why?", 256][:n])
+
+    asked = evaluation.Asked(Model(), Tokenizer(tmp_path), 400, "cpu")
+    assert asked.continued([1], 100, []) == "42" and asked.continued([1], 1, []) == "4"
 
 
 def both_models(run, teacher_folder):
