@@ -862,9 +862,13 @@ def main(arguments=None):
             train_tiny(open_data(same_for_all, tokenizer)[0], tokenizer, run.log,
                        args.teacher_tokens, run.device, run.autocast)
     teacher = Teacher.load(args.teacher, run.device, run.dtype).at(args.n_layer)
-    if teacher.config.vocab_size < tokenizer.vocab_size:
-        raise UsageError(f"the data has a {tokenizer.vocab_size:,}-word vocabulary, the teacher "
-                         f"only {teacher.config.vocab_size:,}: prepare it with its own tokenizer")
+    tokenizer.check_rows(teacher.config.vocab_size)
+    largest = int(windows.max())
+    if not args.stream and data.meta["vocab_size"] > teacher.config.vocab_size:
+        largest = max(largest, *(int(shard.max()) for shard in data.shards))
+    if largest >= teacher.config.vocab_size:
+        raise UsageError(f"{where} has ids up to {largest:,}, the teacher has embeddings for "
+                         f"{teacher.config.vocab_size:,} tokens: prepare it with --teacher")
     parameters = sum(p.numel() for p in teacher.model.parameters())
     print(f"teacher {teacher.name}: {parameters:,} parameters, {len(teacher.decoder.layers)} "
           f"layers | data {where}" + ("" if args.stream else f": {len(data):,} tokens, this run "

@@ -42,21 +42,25 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    GenerationMixin,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 import distill
 from distill import blocks, choose_device, copy_of_teacher, matrices, open_data
 from model_ssm import SSM, UsageError, ask_hub, captured, first_line, read_config, sources
-from model_teacher import Teacher, Tokenizer, architecture, compare, find, pass_keys, retrieval
+from model_teacher import (
+    Teacher,
+    Tokenizer,
+    architecture,
+    byte_tokenizer,
+    compare,
+    pass_keys,
+    retrieval,
+)
 from prepare import Parser, count, run_program
 
 
@@ -288,7 +292,7 @@ class Asked:
         return [sum(next(scored)[0] for _ in text) for text in windows]
 
     def generate_until(self, requests, **_):
-        """What follows greedily, up to a stop string, the end of the text, or max_gen_toks"""
+        """What follows greedily, up to a stop string, an end token, or max_gen_toks"""
         from lm_eval.models.utils import normalize_gen_kwargs
         told = []
         for request in tqdm(requests, desc="texts", mininterval=0.5):
@@ -307,7 +311,7 @@ class Asked:
     def continued(self, prompt, n, stops):
         said = []
         for token in self.model.stream(torch.tensor([prompt], device=self.to), n):
-            if token.item() == self.eot_token_id:
+            if token.item() in self.encoding.stop_ids:
                 break
             said.append(token.item())
             if any(stop in self.encoding.decode(said) for stop in stops):
@@ -680,65 +684,185 @@ def side_by_side(left, right, width=52):
 
 
 # -----------------------------------------------------------------------------
-# --export: a folder for transformers. The two classes are all there is to say, and inspect copies
+# --export: a folder for transformers. The three classes are all there is to say, and inspect copies
 # them into it from here.
 
 class MohawkConfig(PretrainedConfig):
     """config.json as SSM.from_pretrained reads it, and what transformers asks for besides"""
     model_type = "mohawk"
+    use_cache: bool = True
+
+
+class MohawkState:
+    """What was read so far, in the place of transformers' Cache.
+
+    layers: the state as SSM has it   length: how many tokens were read, padding included
+    last (B, 1, D): the final hidden of each row's last token
+    """
+    is_compileable = is_croppable = False               # generate asks these questions of a cache
+    is_linear = (False,)                                # which here means: it knows its length
+
+    def __init__(self, layers, length=0, last=0.0):
+        self.layers, self.length, self.last = layers, length, last
+
+    def get_seq_length(self, layer_idx=0):
+        return self.length
+
+    def reorder_cache(self, rows):
+        """Row i goes on from row rows[i]: beam search asks for that."""
+        def chosen(x):
+            shared = len(x) != len(self.last)           # positions may be one row for all
+            return x if shared else x[rows.to(x.device)]
+
+        self.layers = [tuple(map(chosen, layer)) for layer in self.layers]
+        self.last = chosen(self.last)
+
+    def batch_repeat_interleave(self, n):
+        """Each row n times: several texts go on from one."""
+        self.reorder_cache(torch.arange(len(self.last)).repeat_interleave(n))
 
 
 class MohawkForCausalLM(PreTrainedModel, GenerationMixin):
     """The student as transformers wants a language model. Its parameters keep their names."""
     config_class = MohawkConfig
+    supports_gradient_checkpointing = True
+    _is_stateful = True                 # nothing read can be taken back: no assisted generation
     _no_split_modules = ["Block"]
     _tied_weights_keys = {"lm_head.weight": "backbone.embedding.weight"}    # where config.json says
+    _loss_options = ("num_items_in_batch", "shift_labels", "ignore_index")
 
     def __init__(self, config):
         super().__init__(config)
         ssm = SSM(read_config(config.to_dict()))
         self.backbone, self.lm_head = ssm.backbone, ssm.lm_head
         self.__dict__["ssm"] = ssm      # not a submodule: its parameters are the two above
+        self.gradient_checkpointing = False
         self.post_init()
 
-    def _init_weights(self, module):
-        """SSM has its own start; transformers' would overwrite gates and decays."""
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, labels=None,
+                use_cache=None, logits_to_keep=0, cache=None, **others):
+        """input_ids (B, L) -> the loss, if there are labels (B, L); logits (B, L, V), or the last
+        logits_to_keep of them; the next state
+
+        attention_mask (B, tokens read before + L): 0 where a row is padding, wherever that is. Each
+            row comes out as it would alone; at padding stand the logits of the token before it.
+        past_key_values, which newer versions call cache: the state an earlier call returned. It
+            stays as it is.
+        """
+        self.refuse(input_ids, others)
+        state = self.state_before(input_ids, past_key_values, cache, use_cache)
+        real = self.real_tokens(input_ids, attention_mask, others.get("position_ids"), state.length)
+        self.ssm.recompute = self.gradient_checkpointing and self.training
+        h, layers = self.ssm.prefill(input_ids, state.layers, real)                 # (B, L, D)
+        if real is not None:                    # before a row's first token: what was read last
+            h = h.where(real.cumsum(1)[..., None].to(h.device) > 0, state.last)
+        if state.layers is not None:
+            state = MohawkState(layers, state.length + h.shape[1], h[:, -1:].clone())
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(h[:, kept])                                           # (B, ., V)
+        loss = None
+        if labels is not None:
+            if real is not None:                # nothing stands before a row's first token
+                labels = labels.masked_fill(real.cumsum(1) < 2, -100)
+            options = {name: others[name] for name in self._loss_options if name in others}
+            loss = self.loss_function(logits, labels, logits.shape[-1], **options)
+        # the third is past_key_values in one version and cache in another
+        return CausalLMOutputWithPast(loss, logits, None if state.layers is None else state)
+
+    def refuse(self, input_ids, others):
+        """What would change the answer, and cannot be done here, is no silent None."""
+        refused = [name for name, value in others.items() if value is not None
+                   and value is not False and name not in ("position_ids", *self._loss_options)]
+        if refused or input_ids is None:
+            raise TypeError(f"this model takes input_ids, and not {', '.join(refused) or 'None'}")
+        places = set(map(str, getattr(self, "hf_device_map", {}).values()))
+        if len(places) > 1 and places & {"cpu", "disk"}:
+            raise ValueError("device_map left layers on the CPU or on disk: this model computes "
+                             "where its weights are, on one device or on several GPUs")
+
+    def state_before(self, input_ids, past_key_values, cache, use_cache):
+        """The state to go on from, by whichever name it came. layers is None where none is kept."""
+        if past_key_values is not None and cache is not None:
+            raise TypeError("past_key_values and cache are two names of one thing: give one")
+        state = past_key_values if cache is None else cache
+        B = len(input_ids)
+        if state is None:
+            if use_cache is None:
+                use_cache = self.config.use_cache and not self.training
+            return MohawkState(self.ssm.initial_state(B) if use_cache else None)
+        if not isinstance(state, MohawkState):
+            raise TypeError(f"a {type(state).__name__} is no state of this model: give none at "
+                            "first, then the one that forward or generate returned")
+        if len(state.last) != B:
+            raise ValueError(f"the state is of {len(state.last)} texts and input_ids of {B}: "
+                             "its batch_repeat_interleave(n) makes n of each")
+        return state
+
+    def real_tokens(self, input_ids, attention_mask, position_ids, length):
+        """-> (B, L), False where a row is padding; None if nothing is
+
+        length: tokens read before   position_ids: must be what they are by themselves, one after
+        the other
+        """
+        B, L = input_ids.shape
+        real = torch.ones_like(input_ids, dtype=torch.bool)
+        if attention_mask is not None:
+            if attention_mask.shape != (B, length + L):
+                raise ValueError(f"attention_mask {tuple(attention_mask.shape)} should be ({B}, "
+                                 f"{length + L}): {length} tokens read before and {L} new ones")
+            real = attention_mask[:, length:].bool()
+        if position_ids is not None:
+            offset = position_ids - real.cumsum(1)                                  # (B, L)
+            first = offset.gather(1, real.int().argmax(1, keepdim=True))
+            if ((offset != first) & real).any():
+                raise ValueError("position_ids do not count up by one: texts packed into one row "
+                                 "would be read as one text")
+        return None if real.all() else real
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+        """next_sequence_length: how many tokens of input_ids are new to the state; None: all"""
+        if next_sequence_length is not None and next_sequence_length < 1:
+            raise ValueError("the state has read all of input_ids: give the whole text, with the "
+                             "new tokens at its end")
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, **kwargs)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):
+        return False                    # forward begins with a state of its own
+
+    # what resize_token_embeddings and others reach for -------------------------
 
     def get_input_embeddings(self):
         return self.backbone["embedding"]
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls):
-        return False                    # past_key_values is SSM's state: a pair for each layer
+    def set_input_embeddings(self, embedding):
+        self.backbone["embedding"] = embedding
 
-    def _reorder_cache(self, state, rows):
-        # positions that all rows share have one row
-        return [tuple(x[rows] if len(x) > 1 else x for x in layer) for layer in state]
+    def set_output_embeddings(self, head):
+        self.lm_head = self.ssm.lm_head = head
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None,
-                                      use_cache=None, logits_to_keep=1, **_):
-        return {"input_ids": input_ids if past_key_values is None else input_ids[:, -1:],
-                "past_key_values": past_key_values, "use_cache": use_cache,
-                "attention_mask": attention_mask, "logits_to_keep": logits_to_keep}
+    def resize_token_embeddings(self, *args, **kwargs):
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        n = len(embedding.weight)
+        self.ssm.config.vocab_size = n
+        self.config.LanguageModel["input"]["vocab_size"] = n
+        return embedding
 
-    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False,
-                labels=None, logits_to_keep=0, **_):
-        state = past_key_values
-        if state is None and attention_mask is not None and not attention_mask[:, 0].all():
-            raise ValueError("padding on the left would be read as text: pad on the right, or give "
-                             "prompts of one length")
-        if state is None and use_cache:
-            state = self.ssm.initial_state(len(input_ids))
-        h, after = self.ssm.prefill(input_ids, state)
-        logits = self.lm_head(h[:, -logits_to_keep:])                               # 0: all of them
-        loss = None if labels is None else self.loss_function(logits, labels, logits.shape[-1])
-        return CausalLMOutputWithPast(loss, logits, after if state else None)
+    def _init_weights(self, module):
+        """SSM has a start of its own, for all but the rows that resize_token_embeddings adds."""
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
 
 
 MODELING = '''"""An exported student, for transformers: AutoModelForCausalLM.from_pretrained(
 FOLDER, trust_remote_code=True). model_ssm.py and ssd_kernel.py beside it compute."""
+import torch
+from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .model_ssm import SSM, read_config
 '''
@@ -761,7 +885,12 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 ```
 
 Where there is no attention the state that takes the place of the KV cache does not grow. Prompts of
-one batch must have one length: padding would be read as text.
+one batch may have any lengths: with its attention_mask each row goes on as it would alone, padded
+on either side. A conversation goes on from the state that `generate(...,
+return_dict_in_generate=True)` or `forward` returned, which a later call leaves as it is.
+It trains with Trainer. Refused: inputs_embeds, position_ids of packed texts, output_hidden_states,
+output_attentions, caches of transformers' own, assisted generation, and layers that device_map
+leaves on the CPU or on disk.
 
 {table}
 Data: {data}. Commit of the code: {commit}.
@@ -776,18 +905,16 @@ def export(student, folder, teacher, about, run):
     folder, here = Path(folder).expanduser().resolve(), Path(__file__).parent
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--export {folder}: it is there already, and not empty")
-    path, options = find(teacher)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except Exception as error:                      # the hub client raises a dozen unrelated types
-        raise UsageError(f"no tokenizer for {teacher}: {first_line(error)}") from error
+    tokenizer = Tokenizer(teacher)
+    tokenizer.check_rows(student.config.vocab_size)
     config, partial = student.config, folder.with_name(f".{folder.name}.{os.getpid()}.exported")
     made = {"teacher": teacher, "data": about["data"], "commit": about.get("commit") or "unknown"}
     student.save_pretrained(partial, **made)
-    tokenizer.save_pretrained(partial)
-    eos = tokenizer.eos_token_id
-    GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=eos,
-                     pad_token_id=eos).save_pretrained(partial)
+    for_transformers = tokenizer.hf or byte_tokenizer(tokenizer.eot)
+    for_transformers.save_pretrained(partial)
+    stops = [i for i in tokenizer.stop_ids if i < config.vocab_size]
+    GenerationConfig(bos_token_id=for_transformers.bos_token_id, eos_token_id=stops,
+                     pad_token_id=tokenizer.eot).save_pretrained(partial)
 
     said = json.loads((partial / "config.json").read_text())
     said |= {"model_type": MohawkConfig.model_type, "architectures": [MohawkForCausalLM.__name__],
@@ -802,10 +929,10 @@ def export(student, folder, teacher, about, run):
     # every import to be installed: ssd_kernel's benchmark, which has others, stays here.
     kernel = (here / "ssd_kernel.py").read_text().split(f"\n# {'-' * 77}\n# the benchmark")[0]
     model = (here / "model_ssm.py").read_text().replace("\nfrom ssd_kernel ", "\nfrom .ssd_kernel ")
-    classes = "\n\n".join(map(inspect.getsource, (MohawkConfig, MohawkForCausalLM)))
+    classes = map(inspect.getsource, (MohawkConfig, MohawkState, MohawkForCausalLM))
     (partial / "ssd_kernel.py").write_text(kernel)
     (partial / "model_ssm.py").write_text(model)
-    (partial / "modeling_mohawk.py").write_text(f"{MODELING}\n\n{classes}")
+    (partial / "modeling_mohawk.py").write_text("\n\n".join([MODELING, *classes]))
     shutil.copy(here / "LICENSE", partial)
 
     kept, report = ", ".join(map(str, config.attn_layers)), run / "report.md"
@@ -839,6 +966,7 @@ def main(arguments=None):
     was = argparse.Namespace(**{"stream": None, "mixer": "mamba2"} | about["arguments"])
     was.teacher = args.teacher or was.teacher
     tokenizer, context = Tokenizer(was.teacher), args.context or was.context
+    tokenizer.check_rows(teacher.config.vocab_size)
     if args.tasks:
         found = scores({"teacher": teacher, "student": student}, tokenizer, context, device,
                        args.tasks, args.include_path, args.limit)
@@ -900,7 +1028,8 @@ def parse(arguments=None):
     add("--config", help="which part of a Hugging Face data set")
     # instead of the tables
     add("--prompt", help="both models go on from this [after the tables: 'def ']")
-    add("--length", type=at_least_one, default=300, help="tokens to generate [%(default)s]")
+    add("--length", type=at_least_one, default=300,
+        help="tokens to generate, beyond an end of text too [%(default)s]")
     add("--temperature", type=float, default=0.7, help="0 is greedy [%(default)s]")
     add("--top_k", type=at_least_one, help="sample from so many likeliest tokens [all]")
     add("--seed", type=int, default=0, help="of the sampling [%(default)s]")

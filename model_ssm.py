@@ -132,7 +132,8 @@ class GatedMLP(nn.Module):
 # -----------------------------------------------------------------------------
 # the mixers: forward(h, state, real) -> (output, next state)
 # state None: the text begins here, and nothing is kept
-# real (B, L): False where a row is padding, which leaves no trace in the state; None: all is text
+# real (B, L): False where a row is padding, which is to the right of its text here, and leaves no
+# trace in the state; None: all is text
 
 def causal_conv(x, weight, bias, before=None):
     """y_t = bias + sum_i weight[:, 0, i] x_(t - K + 1 + i), each channel by itself.
@@ -639,13 +640,23 @@ class SSM(nn.Module, Writer):
     def prefill(self, tokens, state, real=None):
         """tokens (B, L) after `state` -> final hidden (B, L, D), next state. In parallel over L.
 
-        real (B, L): False where a row is padding, on the right
+        real (B, L): False where a row is padding, wherever that is. Each row comes out as it would
+        without it, and in its place stands the hidden of the token before it, if there is one.
         """
+        if real is not None:
+            # The text of each row moves to the left, in its order: no token looks ahead at padding.
+            order = real.logical_not().byte().argsort(dim=1, stable=True)           # (B, L)
+            tokens = tokens.masked_fill(~real, 0).gather(1, order)
+            moved_to = (real.cumsum(1) - 1).clamp_min(0)
+            real = real.gather(1, order)
         u, after = self.backbone["embedding"](tokens), []
         for layer, before in zip(self.layers, state or [None] * len(self.layers), strict=True):
-            u, kept = self.pass_through(layer, u, before, real)
+            u, kept = self.pass_through(layer, u, before, real if state else None)
             after.append(kept)
-        return self.backbone["final_layernorm"](u), after
+        h = self.backbone["final_layernorm"](u)
+        if real is not None:
+            h = h.gather(1, moved_to[..., None].to(h.device).expand_as(h))
+        return h, after
 
     def pass_through(self, layer, u, *more):
         """layer(u, ...), whose activations are computed again in the backward if `recompute`"""
@@ -668,14 +679,14 @@ class SSM(nn.Module, Writer):
         lengths = torch.tensor(lengths_of(prompts), device=prompts[0].device)       # (B)
         even = bool((lengths == lengths[0]).all())
         tokens = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)         # (B, L)
-        state, last, rows = self.initial_state(len(tokens)), None, torch.arange(len(tokens))
+        state, last = self.initial_state(len(tokens)), None
         for start in range(0, tokens.shape[1], PREFILL):
             piece = tokens[:, start:start + PREFILL]
             n, left = piece.shape[1], lengths - start       # left: of each prompt, <= 0 at its end
             real = None if even else torch.arange(n, device=left.device) < left[:, None]
             h, state = self.prefill(piece, state, real)
-            ends = h[rows, left.clamp(1, n) - 1]                                    # (B, D)
-            last = ends if last is None else ends.where((left > 0)[:, None], last)
+            end = h[:, -1]                              # (B, D), of each row's last token in here
+            last = end if last is None else end.where((left > 0)[:, None], last)
         return self.head(last), state
 
     def stepper(self, state, capture=None):

@@ -44,6 +44,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from model_ssm import (
@@ -298,7 +299,8 @@ class Teacher(Writer):
     @torch.no_grad()
     def step(self, tokens, cache):
         """tokens (B, L) after those in `cache`, which keeps them -> logits (B, V) of the next"""
-        return self.model(tokens, past_key_values=cache, use_cache=True,
+        # by its place, after no mask and no positions: its name is past_key_values or cache
+        return self.model(tokens, None, None, cache, use_cache=True,
                           logits_to_keep=1).logits[:, -1]
 
     def stepper(self, cache):
@@ -470,7 +472,8 @@ class Tokenizer:
     """One face for the byte encoding and for any Hugging Face tokenizer.
 
     name: "bytes", or whatever Teacher.load takes ("tiny" has the byte encoding).
-    vocab_size: one more than the largest id.   eot: the id that separates documents.
+    vocab_size: one more than the largest id that text may get.
+    eot: the id that separates documents.   stop_ids: all that end a text or a turn, sorted.
     dtype: the narrowest that holds an id.   threads: how many tiktoken may use.
     fingerprint: a hash of what it makes of a fixed sentence; those with one fingerprint agree.
     """
@@ -480,6 +483,7 @@ class Tokenizer:
         if self.name == "bytes":
             self.tiktoken = byte_encoding()
             self.vocab_size, self.eot = self.tiktoken.n_vocab, self.tiktoken.eot_token
+            self.stop_ids = (self.eot,)
         else:
             self._from_transformers()
         seen = json.dumps([self.encode(PROBE), self.eot]).encode()
@@ -494,11 +498,24 @@ class Tokenizer:
                              "(with no network: python distill.py --preset tiny)") from error
         self.tiktoken = gpt2_encoding(self.hf)    # the same ids, several times as fast, or None
         vocabulary = self.hf.get_vocab()
-        self.vocab_size = max(vocabulary.values()) + 1
         self.eot = vocabulary.get(END_OF_TEXT, self.hf.eos_token_id)
         if self.eot is None:
             raise UsageError(f"the tokenizer of {self.name} has no end-of-text token "
                              "to separate documents with")
+        special = {i for i, token in self.hf.added_tokens_decoder.items() if token.special}
+        # No text has special tokens in it, see encode_batch, but for what stands for the unknown.
+        self.vocab_size = max(set(vocabulary.values()) - special
+                              | {self.eot, self.hf.unk_token_id or 0}) + 1
+        # The files' ids only if no text has them: a default of transformers may be any letter.
+        ends = {self.eot, self.hf.eos_token_id} | end_tokens(path) & special
+        self.stop_ids = tuple(sorted(ends - {None}))
+
+    def check_rows(self, rows):
+        """UsageError if text may get an id for which a model of `rows` tokens has no embedding"""
+        if self.vocab_size > rows:
+            raise UsageError(f"the tokenizer of {self.name} gives ids up to "
+                             f"{self.vocab_size - 1:,}, the model has embeddings for {rows:,} "
+                             "tokens: put the tokenizer that it was trained with in its place")
 
     @property
     def dtype(self):
@@ -530,6 +547,20 @@ class Tokenizer:
         if self.hf is None:
             return self.tiktoken.decode(ids)
         return self.hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def end_tokens(path):
+    """The ids at which the model in `path` ends a text, as its own files say"""
+    found = set()
+    for name in ("generation_config.json", "config.json"):
+        try:
+            file = cached_file(path, name)
+        except OSError:
+            file = None
+        if file is not None:                        # a model may have neither
+            ids = json.loads(Path(file).read_text()).get("eos_token_id")
+            found |= set(ids if isinstance(ids, list) else [ids])
+    return found
 
 
 def byte_encoding():

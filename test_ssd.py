@@ -13,11 +13,13 @@ out wrong there), and are compiled ahead of time for the GPUs they are meant for
 """
 import argparse
 import concurrent.futures
+import copy
 import doctest
 import functools
 import gzip
 import importlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -34,6 +36,7 @@ import time
 import traceback
 import tracemalloc
 import types
+import warnings
 from pathlib import Path
 
 import filelock
@@ -670,6 +673,47 @@ def test_padding_is_seen_by_no_one(monkeypatch):
     assert ((positions < model_ssm.NEVER).sum(1) == torch.tensor([1, 200, 5, 65, 63, 64])).all()
 
 
+SIDES = {      # where the real tokens of a row of n stand in L places
+    "left": lambda n, L: range(L - n, L), "right": lambda n, L: range(n),
+    "both": lambda n, L: range((L - n) // 2, (L - n) // 2 + n),
+    "middle": lambda n, L: [*range(1, 1 + n // 2), *range(L - n + n // 2, L)]}
+
+
+def padded(rows, side, L, pad=10**6):
+    """rows of any lengths -> tokens (n, L) and which of them are real. pad: no token has this id"""
+    tokens, real = torch.full((len(rows), L), pad), torch.zeros(len(rows), L, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        at = list(SIDES[side](len(row), L))
+        tokens[i, at], real[i, at] = row, True
+    return tokens, real
+
+
+# In fp64 rounding is 1e-16 a step, and the forms of a chunk lose a few digits: 1e-9, as below. One
+# row is cut after 11 tokens, inside the text or the padding of the others, and goes on.
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name, mixer, attn_layers", [
+    ("phi", "mamba2", (1,)), ("llama", "mamba2", ()), ("mistral, window 8", "mamba2", (0, 2)),
+    ("phi", "mlstm", (1,)), ("phi", "gated_deltanet", ()), ("llama", "gla", ())])
+def test_a_padded_row_comes_out_as_it_would_alone(name, mixer, attn_layers, side):
+    student = SSM.from_teacher(random_teacher(name), attn_layers, "qkv", mixer=mixer).double()
+    rows = [some_tokens(1, n, seed=n)[0] for n in (1, 2, 9, 20)]
+    tokens, real = padded(rows, side, 24)
+    with torch.no_grad():
+        h, _ = student.prefill(tokens, None, real)
+        first, state = student.prefill(tokens[:, :11], student.initial_state(4), real[:, :11])
+        second, state = student.prefill(tokens[:, 11:], state, real[:, 11:])
+        last, _ = student.step(tokens.new_full((4,), 7), state)
+        for i, row in enumerate(rows):
+            want = student.hidden(row[None])[0]
+            assert rel(h[i, real[i]], want) < 1e-9
+            assert rel(torch.cat([first, second], 1)[i, real[i]], want) < 1e-9
+            more = torch.cat([row, row.new_tensor([7])])
+            assert rel(last[i], student.logits(more[None])[0, -1]) < 1e-9
+            places = torch.arange(24)               # padding repeats what stands before it
+            after = places[(places > real[i].int().argmax()) & ~real[i]]
+            assert torch.equal(h[i, after], h[i, after - 1])
+
+
 def test_sampling_draws_by_the_probabilities():
     logits, drawn = torch.tensor([[0.0, 1.0, 2.0, 3.0]]), torch.zeros(4)
     generator = torch.Generator().manual_seed(0)
@@ -1002,6 +1046,15 @@ def test_the_teachers_cached_generation_is_greedy_decoding():
         assert torch.equal(teacher.logits(out)[:, 8:-1].argmax(-1), out[:, 9:])
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_teacher_writes_by_no_interface_that_is_about_to_go(name):
+    teacher, tokens = random_teacher(name), some_tokens(L=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        out = teacher.generate(tokens, 4)
+    assert torch.equal(out[:, -1], teacher.logits(out[:, :-1])[:, -1].argmax(-1))
+
+
 def test_a_fingerprint_knows_its_teacher_in_any_dtype(teacher_folder):
     one, other = Teacher.load(str(teacher_folder)), random_teacher(seed=1)
     rounded = Teacher.load(str(teacher_folder), dtype=torch.bfloat16)
@@ -1176,6 +1229,50 @@ def test_shards_are_cut_at_their_size_and_windows_do_not_cross_them(tmp_path, mo
     middle = Tokens(tmp_path).batch(7, 5, 32)           # a place in the data is a number
     assert torch.equal(middle, windows[7:12])
     assert not torch.equal(Tokens(tmp_path, seed=1).batch(0, 9, 32), windows[:9])
+
+
+def byte_tokenizer_with(folder, *tokens, special=True, **named):
+    """The byte tokenizer with more tokens, from id 257 on, saved in `folder`"""
+    tokenizer = model_teacher.byte_tokenizer(256)
+    tokenizer.add_tokens([tokenizers.AddedToken(t, special=special) for t in tokens])
+    tokenizer.add_special_tokens(named)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+# eos is what its tokenizer calls so; the others are what the model's files say.
+@pytest.mark.parametrize("named, generation, config, stops", [
+    ({}, None, None, (256,)),
+    ({}, 256, 256, (256,)),
+    ({"eos_token": "<|im_end|>"}, None, None, (256, 258)),
+    ({"eos_token": "<|im_end|>"}, 257, None, (256, 257, 258)),
+    ({}, [256, 257], 2, (256, 257)),        # 2 is a byte, and ends nothing: a class's default
+    ({}, None, [257], (256, 257))])
+def test_all_that_ends_a_turn_is_known(tmp_path, named, generation, config, stops):
+    byte_tokenizer_with(tmp_path, "<|eom|>", **named)
+    for file, ids in (("generation_config.json", generation), ("config.json", config)):
+        if ids is not None:
+            (tmp_path / file).write_text(json.dumps({"eos_token_id": ids}))
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.stop_ids, tokenizer.eot) == (stops, 256)
+
+
+def test_special_tokens_that_no_text_has_do_not_count(tmp_path):
+    assert Tokenizer("bytes").stop_ids == (256,) and Tokenizer("bytes").vocab_size == 257
+    byte_tokenizer_with(tmp_path / "pad", pad_token="[PAD]")
+    assert Tokenizer(tmp_path / "pad").vocab_size == 257
+    assert Tokenizer(tmp_path / "pad").encode("a[PAD]<|endoftext|>") == [*b"a[PAD]<|endoftext|>"]
+    byte_tokenizer_with(tmp_path / "word", "[PAD]", special=False)      # this one is text
+    word = Tokenizer(tmp_path / "word")
+    assert word.encode("a[PAD]") == [97, 257] and word.vocab_size == 258
+    word.check_rows(258)
+    with pytest.raises(UsageError, match="gives ids up to 257, the model has embeddings for 257 t"):
+        word.check_rows(257)
+    # as many as 16 bits hold, and one that never stands in a text
+    byte_tokenizer_with(tmp_path / "wide", *(f"<{n}>" for n in range(257, 2**16)), special=False,
+                        pad_token="[PAD]")
+    wide = Tokenizer(tmp_path / "wide")
+    assert (wide.vocab_size, wide.dtype, wide.hf.pad_token_id) == (2**16, np.uint16, 2**16)
 
 
 def test_large_vocabularies_get_wide_integers(tmp_path):
@@ -2181,6 +2278,15 @@ def test_eval_prints_its_tables_and_samples(a_run, capsys):
     assert re.search(r"^teacher +\| student$", said, re.M)
 
 
+@pytest.mark.parametrize("command", [
+    "--length 5", "--prompt a --length 5", "--speed --contexts 32", "--export exported"])
+def test_eval_uses_no_interface_that_is_about_to_go(command, its_copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        evaluation.main([str(its_copy), *command.split()])
+
+
 def test_perplexity_by_a_sliding_window_is_that_of_one_token_after_the_other():
     teacher, student, text = random_teacher(), random_teacher(seed=1), some_tokens(2, 41)
     pieces, counted = evaluation.sliding(text, 16, 8)
@@ -2481,6 +2587,19 @@ def test_a_text_ends_where_the_first_stop_string_begins(kind):
         assert asked.continued(prompt, 100, stops) == whole[:min(map(whole.index, stops))]
 
 
+@pytest.mark.parametrize("end", [256, 257, 258])
+def test_a_text_ends_at_any_of_the_models_end_tokens(tmp_path, end):
+    byte_tokenizer_with(tmp_path, "<|eom|>", eos_token="<|im_end|>")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 256]}))
+
+    class Model:
+        def stream(self, prompts, n):
+            yield from (torch.tensor([i]) for i in [*b"42", end, *b"user: why?", 256][:n])
+
+    asked = evaluation.Asked(Model(), Tokenizer(tmp_path), 400, "cpu")
+    assert asked.continued([1], 100, []) == "42" and asked.continued([1], 1, []) == "4"
+
+
 def both_models(run, teacher_folder):
     return {"teacher": Teacher.load(str(teacher_folder)),
             "student": SSM.from_pretrained(run / "stage3").eval()}
@@ -2610,7 +2729,8 @@ for folder in sys.argv[1:]:
         folder, trust_remote_code=True, output_loading_info=True)
     assert not any(info.values()) and model.dtype == torch.float32, info
     prompts = torch.load(f"{folder}.pt")
-    model.generation_config.eos_token_id = None     # as SSM.generate, which does not stop there
+    # as SSM.generate, which does not stop there; then 256 in a prompt is text, and no padding
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     greedy = dict(max_new_tokens=20, do_sample=False)
     said = {"logits": model(prompts).logits.detach(), "greedy": model.generate(prompts, **greedy),
             "uncached": model.generate(prompts, use_cache=False, **greedy),
@@ -2618,15 +2738,29 @@ for folder in sys.argv[1:]:
             "uncached beams": model.generate(prompts, num_beams=3, use_cache=False, **greedy),
             "loss": model(prompts, labels=prompts).loss.detach(),
             "ids": AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("text").input_ids}
-    right = torch.ones_like(prompts)
-    right[0, -3:] = 0
-    assert torch.equal(model(prompts, attention_mask=right).logits, said["logits"])
-    try:
-        model.generate(prompts, attention_mask=right.flip(1))
-        raise SystemExit("left padding was taken for text")
-    except ValueError as error:
-        assert "left" in str(error)
     torch.save(said, f"{folder}.said")
+    model.resize_token_embeddings(260)
+    said["again"] = model.generate(prompts, **greedy)
+    model.save_pretrained(f"again-{folder}")
+    torch.save(said, f"{folder}.said")
+"""
+AGAIN = """
+import sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    prompts, said = torch.load(f"{folder}.pt"), torch.load(f"{folder}.said")
+    greedy = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=None)
+    model = AutoModelForCausalLM.from_pretrained(f"again-{folder}", trust_remote_code=True)
+    assert model.config.vocab_size == len(model.lm_head.weight) == 260
+    assert torch.equal(model.generate(prompts, **greedy), said["again"])
+    config = AutoConfig.from_pretrained(f"again-{folder}", trust_remote_code=True)
+    fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    assert fresh(prompts, labels=prompts).loss < 6          # log 260 is 5.6: the start of SSM
+    for how in (dict(dtype=torch.bfloat16), dict(dtype=torch.float16)):
+        model = AutoModelForCausalLM.from_pretrained(f"again-{folder}", trust_remote_code=True,
+                                                     **how)
+        assert model.generate(prompts, **greedy).shape == said["again"].shape
+        assert model.dtype == how["dtype"] and model(prompts).logits.isfinite().all()
 """
 
 
@@ -2643,11 +2777,15 @@ def test_transformers_loads_what_was_exported_and_computes_the_same(tmp_path, te
         students[name] = student
         assert torch.equal(SSM.from_pretrained(tmp_path / name).logits(tokens),
                            student.logits(tokens))              # and so does this project
-    done = subprocess.run([sys.executable, "-c", LOAD, *students], cwd=tmp_path, text=True,
-                          capture_output=True,
-                          env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "",
-                                            "HF_HOME": str(tmp_path / "cache")})
-    assert done.returncode == 0, done.stderr
+    for script, cache in ((LOAD, "cache"), (AGAIN, "another")):
+        done = subprocess.run([sys.executable, "-W", "error::FutureWarning", "-c", script,
+                               *students], cwd=tmp_path, text=True, capture_output=True,
+                              env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "",
+                                                "HF_HOME": str(tmp_path / cache)})
+        assert done.returncode == 0, done.stderr
+        for name in students:       # what was saved again needs none of them
+            shutil.move(tmp_path / name, tmp_path / f"{name}.{cache}")
+            (tmp_path / name).mkdir()
     for name, student in students.items():
         said, logits = torch.load(tmp_path / f"{name}.said"), student.logits(tokens).detach()
         assert torch.equal(said["logits"], logits)
@@ -2658,6 +2796,259 @@ def test_transformers_loads_what_was_exported_and_computes_the_same(tmp_path, te
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1),
                                                  tokens[:, 1:].flatten())
         assert torch.allclose(said["loss"], loss) and said["ids"] == [*b"text"]
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory, teacher_folder):
+    """-> a function: the exported student of a random teacher, in fp64, where no two logits are so
+    near that rounding decides"""
+    folders = {}
+
+    def load(teacher="llama", attn_layers=(), mixer="mamba2", dtype=torch.float64):
+        kind = teacher, attn_layers, mixer
+        if kind not in folders:
+            place = tmp_path_factory.mktemp("exported")
+            student = SSM.from_teacher(random_teacher(teacher), attn_layers, "qkv", mixer=mixer)
+            student.save_pretrained(place / "student")
+            evaluation.main([str(place / "student"), "--teacher", str(teacher_folder),
+                             "--export", str(place / "folder")])
+            folders[kind] = place / "folder"
+        return evaluation.MohawkForCausalLM.from_pretrained(folders[kind], dtype=dtype).eval()
+
+    return load
+
+
+GREEDY = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+KINDS = [("llama", ()), ("mistral, window 8", (1,)), ("smollm2", "all")]
+
+
+def state_in(outputs):
+    return outputs["cache" if "cache" in outputs else "past_key_values"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_is_taken_by_either_name_and_no_token_is_computed_twice(
+        exported, kind, monkeypatch):
+    model, tokens, read = exported(*kind), some_tokens(L=40, V=256), []
+    prefill = model.ssm.prefill
+    monkeypatch.setattr(model.ssm, "prefill", lambda ids, *more: (
+        read.append(ids.shape[1]), prefill(ids, *more))[1])
+    model.generate(tokens, **GREEDY)
+    assert read == [40] + 7 * [1]
+    with torch.no_grad():
+        want, begun = model(tokens).logits, model(tokens[:, :20])
+        for name in ("cache", "past_key_values", "cache"):      # none of them changes the state
+            got = model(tokens[:, 20:], **{name: state_in(begun)})
+            assert rel(got.logits, want[:, 20:]) < 1e-9         # fp64, as elsewhere
+            assert state_in(got).get_seq_length() == 40
+        with pytest.raises(TypeError, match="two names of one thing"):
+            model(tokens, cache=state_in(begun), past_key_values=state_in(begun))
+        assert "past_key_values" not in model(tokens, use_cache=False)
+        assert "cache" not in model.train()(tokens)             # nobody reads on while training
+
+
+# The calls are those that transformers' own models take; Llama itself goes through the same test.
+@pytest.mark.parametrize("kind", ["transformers", *KINDS])
+def test_a_conversation_goes_on_from_its_state(exported, kind):
+    model = random_model("llama").double() if kind == "transformers" else exported(*kind)
+    tokens, name = some_tokens(L=40, V=256), "past_key_values"
+    model.generation_config.pad_token_id = None
+    if "cache" in inspect.signature(model.prepare_inputs_for_generation).parameters \
+            or "cache" in model(tokens[:, :1], use_cache=True):
+        name = "cache"
+    keep = dict(return_dict_in_generate=True, **GREEDY)
+    first = model.generate(tokens[:, :9], **keep)               # 17, of which the last is unread
+    talk = torch.cat([first.sequences, tokens[:, 9:20]], 1)     # 28
+    want = model.generate(talk, **GREEDY)
+    assert torch.equal(model.generate(talk, **{name: copy.deepcopy(state_in(first))}, **GREEDY),
+                       want)
+    # only the new tokens, and a mask of all
+    got = model.generate(talk[:, 16:], attention_mask=torch.ones_like(talk),
+                         **{name: copy.deepcopy(state_in(first))}, **GREEDY)
+    assert torch.equal(got[:, 12:], want[:, 28:])
+    twice = copy.deepcopy(state_in(first))                      # beams: each row twice
+    twice.batch_repeat_interleave(2)
+    assert torch.equal(model.generate(talk, num_beams=2, **{name: twice}, **GREEDY),
+                       model.generate(talk, num_beams=2, **GREEDY))
+    # the second answer's state, and texts of two lengths: the first row says less this time
+    second = model.generate(talk, **{name: state_in(first)}, **keep)
+    talk, real = torch.cat([second.sequences, tokens[:, 20:26]], 1), torch.ones(2, 42).long()
+    real[0, 36:39] = 0
+    got = model.generate(talk, attention_mask=real, **{name: state_in(second)}, **GREEDY)
+    for row, kept, out in zip(talk, real.bool(), got, strict=True):
+        assert torch.equal(out[42:], model.generate(row[kept][None], **GREEDY)[0, -8:])
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("kind", [*KINDS, ("phi", (1,), "mlstm")])
+def test_each_row_of_a_padded_batch_is_as_alone(exported, kind, side):
+    model, rows = exported(*kind), [some_tokens(1, n, V=256, seed=n)[0] for n in (1, 12, 20)]
+    tokens, real = padded(rows, side, 26)
+    batch = dict(input_ids=tokens, attention_mask=real.long())
+    alone = [dict(input_ids=row[None]) for row in rows]
+    for how in ({}, {"use_cache": False}, {"num_beams": 3},
+                {"num_beams": 3, "num_return_sequences": 2}):
+        n = how.get("num_return_sequences", 1)
+        got = model.generate(**batch, **how, **GREEDY)[:, -8:].view(3, n, 8)
+        for row, out in zip(alone, got, strict=True):
+            assert torch.equal(out, model.generate(**row, **how, **GREEDY)[:, -8:])
+    with torch.no_grad():
+        logits = model(**batch).logits
+        for row, kept, out in zip(alone, real, logits, strict=True):
+            assert rel(out[kept], model(**row).logits[0]) < 1e-9            # fp64, as above
+        # the mean over all 0 + 11 + 19 predictions. The loss is taken in fp32, of about 6: 1e-7 of
+        # that for each of a few roundings
+        loss = model(**batch, labels=tokens.masked_fill(~real, -100)).loss
+        parts = [model(**row, labels=row["input_ids"]).loss * (row["input_ids"].numel() - 1)
+                 for row in alone[1:]]
+        assert abs(loss - sum(parts) / 30) < 1e-5
+        assert abs(model(**batch, labels=tokens.masked_fill(~real, -100),
+                         num_items_in_batch=60).loss - sum(parts) / 60) < 1e-5
+
+
+PACKED = torch.arange(10).repeat(4)[None]
+WRONG_CALLS = {
+    "inputs_embeds": (dict(inputs_embeds=torch.zeros(2, 4, 32)), TypeError),
+    "output_hidden_states": (dict(output_hidden_states=True), TypeError),
+    "output_attentions": (dict(output_attentions=True), TypeError),
+    "a_typo": (dict(a_typo=3), TypeError),
+    "position_ids": (dict(position_ids=PACKED), ValueError),
+    "attention_mask": (dict(attention_mask=torch.ones(2, 3)), ValueError),
+    "DynamicCache": (dict(past_key_values=transformers.DynamicCache()), TypeError),
+    "list is no state": (dict(past_key_values=[]), TypeError)}
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_what_would_change_the_answer_is_taken_or_refused_by_name(exported, name):
+    model, tokens = exported(), some_tokens(V=256)
+    given, error = WRONG_CALLS[name]
+    with pytest.raises(error, match=name) as refusal:
+        model(**{"input_ids": None if name == "inputs_embeds" else tokens} | given)
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_changes_nothing_is_taken_and_what_cannot_go_on_is_refused(exported):
+    model, tokens = exported(), some_tokens(V=256)
+    want = model(tokens).logits
+    for fine in (dict(output_attentions=False, output_hidden_states=None, inputs_embeds=None),
+                 dict(position_ids=torch.arange(40)[None]), dict(return_dict=True),
+                 dict(position_ids=torch.arange(3, 43)[None].expand(2, 40))):
+        assert torch.equal(model(tokens, **fine).logits, want)
+    real = torch.ones_like(tokens)
+    real[0, :5] = 0                             # positions as transformers counts them
+    model(tokens, attention_mask=real, position_ids=(real.cumsum(1) - 1).clamp_min(0))
+    assert torch.equal(model(tokens, return_dict=False)[0], want)
+    assert torch.equal(model(tokens, logits_to_keep=torch.tensor([3, 7])).logits, want[:, [3, 7]])
+    state = state_in(model(tokens))
+    name = "cache" if "cache" in model(tokens) else "past_key_values"
+    with pytest.raises(ValueError, match="the state has read all of input_ids"):
+        model.generate(tokens, **{name: state}, **GREEDY)
+    with pytest.raises(ValueError, match="of 2 texts and input_ids of 1"):
+        model(tokens[:1], past_key_values=state)
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        model.generate(tokens[:1], prompt_lookup_num_tokens=2, **GREEDY)
+
+
+# Tied, with a bias at the head (Phi's), and neither
+@pytest.mark.parametrize("rows", [200, 257, 300])
+@pytest.mark.parametrize("kind", [("smollm2", (1,)), ("phi", ()), ("llama", ())])
+def test_the_vocabulary_can_grow_and_shrink(tmp_path, exported, kind, rows):
+    model, tokens, kept = exported(*kind), some_tokens(V=200), min(rows, 257)
+    with torch.no_grad():
+        want = model(tokens).logits[..., :kept]
+        assert model.resize_token_embeddings(rows) is model.get_input_embeddings()
+        got = model(tokens).logits
+    assert rel(got[..., :kept], want) < 1e-9 and got.shape[-1] == rows      # fp64, as above
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    assert tied == (kind[0] == "smollm2") and model.get_output_embeddings() is model.lm_head
+    model.save_pretrained(tmp_path / "again")
+    again = evaluation.MohawkForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(again(tokens).logits, got)
+    assert torch.equal(again.generate(tokens, **GREEDY), model.generate(tokens, **GREEDY))
+    student = SSM.from_pretrained(tmp_path / "again").double()      # and so reads this project,
+    assert student.config.vocab_size == rows                        # in fp32: 6e-8 a new weight
+    assert rel(student.logits(tokens), got) < 1e-6
+
+
+def test_new_rows_begin_as_small_as_all_others_did(exported):
+    model = exported()
+    model.resize_token_embeddings(2000, mean_resizing=False)
+    new = model.get_input_embeddings().weight[257:]
+    assert abs(new.std() - 0.02) < 0.001        # of 55,776 numbers: known to 0.02 / 334
+
+
+@pytest.mark.parametrize("kind", [("llama", ()), ("phi", (1,)), ("smollm2", (0,), "deltanet")])
+def test_checkpointing_computes_twice_and_changes_no_bit(exported, kind):
+    tokens, gradients, computed = some_tokens(V=256), [], []
+    for switch in ("disable", "enable"):
+        model = exported(*kind).train()
+        new_name = getattr(model, f"activation_checkpointing_{switch}", None)
+        (new_name or getattr(model, f"gradient_checkpointing_{switch}"))()
+        count = []
+        model.backbone.layers[0].mlp.register_forward_pre_hook(
+            lambda *_, count=count: count.append(1))
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+        computed.append(len(count))
+    assert computed == [1, 2] and all(map(torch.equal, *gradients))
+
+
+needs_accelerate = pytest.mark.skipif(not importlib.util.find_spec("accelerate"),
+                                      reason="transformers' Trainer needs accelerate")
+
+
+# Micro-batches of unequal numbers of labels: a mean of means would be another loss.
+@needs_accelerate
+@pytest.mark.parametrize("kind", ["transformers", ("llama", ()), ("smollm2", (1,))])
+def test_trainer_accumulates_to_the_loss_of_one_batch(tmp_path, exported, kind):
+    rows, found = some_tokens(8, 32, V=256), []
+    labels = [row.masked_fill(torch.arange(32) < 3 * n, -100) for n, row in enumerate(rows)]
+    data = [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
+    settings = inspect.signature(transformers.TrainingArguments).parameters
+    again = next(n for n in settings if n in ("activation_checkpointing", "gradient_checkpointing"))
+    for B, more in ((8, {}), (2, {}), (2, {again: True})):
+        model = random_model("llama") if kind == "transformers" else exported(
+            *kind, dtype=torch.float32)
+        trainer = transformers.Trainer(model, transformers.TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=B, gradient_accumulation_steps=8 // B,
+            max_steps=1, logging_steps=1, learning_rate=0.0, save_strategy="no", report_to=[],
+            use_cpu=True, disable_tqdm=True, **more), train_dataset=data, eval_dataset=data)
+        trainer.train()
+        log = trainer.state.log_history[0]
+        found.append((float(log["loss"]), float(log["grad_norm"])))
+        assert abs(trainer.evaluate()["eval_loss"] - found[0][0]) < 0.2     # rows weigh the same
+    for loss, norm in found[1:]:        # fp32, of some thousand terms; the log has 4 digits or more
+        assert abs(loss / found[0][0] - 1) < 1e-3 and abs(norm / found[0][1] - 1) < 1e-3
+
+
+class Says(transformers.LogitsProcessor):
+    """Makes a model say these tokens, whatever it thinks"""
+    def __init__(self, start, tokens):
+        self.start, self.tokens = start, tokens
+
+    def __call__(self, ids, scores):
+        told = torch.full_like(scores, -torch.inf)
+        told[:, self.tokens[ids.shape[1] - self.start]] = 0
+        return told
+
+
+@pytest.mark.parametrize("rows, stops", [(259, [256, 257, 258]), (258, [256, 257]), (257, [256])])
+def test_an_export_stops_at_every_end_of_its_teacher(tmp_path, rows, stops):
+    config = transformers.LlamaConfig(**LLAMA | {"vocab_size": rows})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    byte_tokenizer_with(tmp_path / "teacher", "<|eom|>", eos_token="<|im_end|>", pad_token="[PAD]")
+    (tmp_path / "teacher" / "generation_config.json").write_text('{"eos_token_id": [257, 258]}')
+    student = SSM.from_teacher(Teacher.load(str(tmp_path / "teacher")))
+    student.save_pretrained(tmp_path / "student")
+    evaluation.main([str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher"),
+                     "--export", str(tmp_path / "exported")])
+    said = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
+    assert said["eos_token_id"] == stops and said["pad_token_id"] == 256    # it has a row
+    model = evaluation.MohawkForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    for end in stops:
+        out = model.generate(some_tokens(1, 5, V=256), max_new_tokens=9,
+                             logits_processor=[Says(5, [52, 50, end, *b"user: "])])
+        assert out[0, 5:].tolist() == [52, 50, end]
 
 
 def test_an_export_carries_its_table_and_its_license_and_overwrites_nothing(tmp_path, a_run):
@@ -3302,6 +3693,43 @@ def test_data_in_the_tokens_of_another_tokenizer_is_refused(tmp_path, teacher_fo
     with pytest.raises(UsageError, match="128,256-word vocabulary, but the teacher reads"):
         distill.main(flags(tmp_path / "run", teacher_folder, tmp_path,
                            "--stage", "3", "--tokens", "512"))
+
+
+# [PAD] is 257: of a model of 257 rows it is one too many, and no text has it.
+def test_a_pad_token_that_fine_tuning_added_is_no_obstacle(tmp_path, data_folder):
+    random_model().save_pretrained(tmp_path / "teacher")
+    byte_tokenizer_with(tmp_path / "teacher", pad_token="[PAD]")
+    distill.main(flags(tmp_path / "run", tmp_path / "teacher", data_folder,
+                       "--tokens", "512", "512", "512"))
+    evaluation.main([str(tmp_path / "run"), "--export", str(tmp_path / "exported")])
+    model = evaluation.MohawkForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    prompts, how = ["def", "import os"], dict(max_new_tokens=5, do_sample=False)
+    batch = tokenizer(prompts, padding=True, return_tensors="pt")
+    assert batch.input_ids.max() == 257
+    for prompt, out in zip(prompts, model.generate(**batch, **how), strict=True):
+        alone = model.generate(**tokenizer(prompt, return_tensors="pt"), **how)
+        assert torch.equal(out[-5:], alone[0, -5:])
+
+
+@pytest.mark.parametrize("who", ["tokenizer", "data", "neither"])
+def test_ids_beyond_the_models_rows_are_refused_with_both_numbers(
+        tmp_path, teacher_folder, data_folder, who):
+    word = "self" if who == "data" else "<|never|>"     # one token more, 257, that text may have
+    shutil.copytree(teacher_folder, tmp_path / "teacher")
+    byte_tokenizer_with(tmp_path / "teacher", word, special=False)
+    teacher, data, complaint = tmp_path / "teacher", data_folder, "gives ids up to 257, the model "
+    if who != "tokenizer":      # the sentence that tells tokenizers apart has neither word
+        data = tmp_path / "data"
+        prepare.prepare(str(data_folder.parent / "texts"), data, Tokenizer(str(teacher)))
+        teacher, complaint = teacher_folder, f"{data} has ids up to 257, the teacher "
+    command = flags(tmp_path / "run", teacher, data, "--tokens", "512", "512", "512")
+    if who == "neither":
+        assert Tokens(data).meta["vocab_size"] == 258
+        return distill.main(command)
+    with pytest.raises(UsageError, match=f"{complaint}has embeddings for 257 tokens: ") as error:
+        distill.main(command)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 def test_a_mistake_on_the_command_line_exits_with_2_and_one_line(tmp_path):
