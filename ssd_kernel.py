@@ -961,12 +961,12 @@ def orientation_kernel(x_t, z_t, scale, window, x, z, a, D, lse, dx, dA, sums, L
             gap = A_z[None, :] + (left - A)[:, None]
             norm_c = tl.load(lse + there, mask=there < L, other=0.0)[None, :]
         between += tl.where(d > 0, total_z, 0.0)
-        target = dot(x_t_c, tl.trans(z_t_c), None, FP32_T) * scale - norm_c
-        if ROWS:
-            seen = keep & (there[None, :] > (at - window)[:, None])
-        else:
-            seen = keep & (there[None, :] < (at + window)[:, None])
-        target = tl.exp2(tl.where(seen, target, float("-inf")))
+        target = tl.where(keep, dot(x_t_c, tl.trans(z_t_c), None, FP32_T) * scale - norm_c,
+                          float("-inf"))
+        if d * Q > window - Q:                                          # parts of a tile, or all
+            near = d * Q + (i[:, None] - i[None, :] if ROWS else i[None, :] - i[:, None]) < window
+            target = tl.where(near, target, float("-inf"))
+        target = tl.exp2(target)
         decay = tl.exp2(tl.where(keep, gap, float("-inf")))
         M = dot(x_c, tl.trans(z_c), None, FP32) * decay
         same = keep & (at[:, None] == there[None, :])
@@ -1008,10 +1008,10 @@ def orientation_triton(q_t, k_t, scale, window, q, k, a, D):
 
 def orientation_tiles(N, N_T, fp32, arch):
     """-> tile, warps, pipeline stages"""
-    wide = max(N, N_T) > 64
-    if arch == 90 and not wide and not fp32:
+    widest = max(N, N_T)
+    if arch == 90 and widest <= 64 and not fp32:
         return 64, 4, 1
-    return 16 if fp32 else 32, 8 if wide else 4, 1
+    return 16 if fp32 else 32, 8 if widest > 64 or fp32 and widest == 16 else 4, 1
 
 
 def orientation_loss_naive(q_t, k_t, scale, q, k, a, D, window=None):
