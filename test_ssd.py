@@ -209,6 +209,50 @@ def test_packed_documents_are_the_documents_one_by_one(backend):
             ssd(*tensors[:4], cu_seqlens=torch.tensor(wrong), backend=backend)
 
 
+def results_and_gradients(form, tensors, dtype=None):
+    """[what form returns, its gradients] for a fixed gradient of what it returns"""
+    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors]
+    results = form(*leaves)
+    results = results if isinstance(results, tuple) else (results,)
+    draw = torch.Generator().manual_seed(5)
+    weights = [torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x) for x in results]
+    return [*results, *torch.autograd.grad(results, leaves, weights)]
+
+
+def forms_and_their_inputs(L):
+    """name -> form, its tensors: all that computes in the dtype it is given"""
+    q, k, v, a, S = (x.float().to(DEVICE) for x in inputs(1, L, 2, 1, 16, 16))
+    q_h, k_h, b, D = q.expand(1, L, 2, 16), k.expand(1, L, 2, 16) / 4, -a, a[0, 0]
+    wide_a, teacher = -v.abs(), (v.detach(), k_h.detach(), 0.3)
+    forms = {name: (functools.partial(ssd, return_final_state=True, backend=name), (q, k, v, a, S))
+             for name in ("auto", "recurrent", "naive", "chunked", "triton")}
+    for name, form, step, tensors in (
+            ("ssd", None, ssd_kernel.ssd_step, (q, k, v, a)),
+            ("channel", ssd_kernel.channel_chunked, ssd_kernel.channel_step, (q_h, k_h, v, wide_a)),
+            ("delta", ssd_kernel.delta_rule, ssd_kernel.delta_step, (q_h, k_h, v, a, b))):
+        forms[f"{name}_step"] = step, (*(x[:, 0] for x in tensors), S)
+        if form:
+            forms[name] = functools.partial(form, return_final_state=True), (*tensors, S)
+    forms["mixing_matrix"] = mixing_matrix, (q, k, a)
+    for backend in ("blocked", "triton"):
+        forms[f"orientation, {backend}"] = (
+            functools.partial(orientation_loss, *teacher, backend=backend), (q, k, a, D))
+    forms["orientation, naive"] = functools.partial(orientation_loss_naive, *teacher), (q, k, a, D)
+    return forms
+
+
+@pytest.mark.parametrize("name", forms_and_their_inputs(1))
+@pytest.mark.parametrize("L", [1, 32, 33])             # up to 32 is one chunk, and "auto" naive
+def test_no_form_computes_in_autocasts_precision(name, L):
+    # The same operations in the same dtype: the same bits, of the gradients too.
+    form, tensors = forms_and_their_inputs(L)[name]
+    want = results_and_gradients(form, tensors)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = results_and_gradients(form, tensors)
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == w.dtype and torch.equal(g, w)
+
+
 # -----------------------------------------------------------------------------
 # the kernels
 
@@ -1810,6 +1854,24 @@ def test_every_mixer_computes_in_bf16_and_keeps_its_state_in_fp32(name):
     assert rel(y, want) < (0.2 if name == "mlstm" else 0.03) and y.dtype == step.dtype
     assert rel(step, y[:, :1]) < 0.03
     assert all(S.dtype == torch.float32 for S in (*state, *after))
+
+
+@pytest.mark.parametrize("L", [1, 32, 33])
+@pytest.mark.parametrize("name", model_ssm.MIXERS)
+def test_what_a_mixer_mixes_does_not_depend_on_autocast_nor_its_length(name, L):
+    mixer = random_mixer(name, dtype=torch.float32)
+    *operands, _, _ = mixer.project(torch.randn(2, L, 16))
+    state = [x + 0.1 for x in mixer.initial_state(2)[1:]]
+
+    def form(*operands):
+        return mixer.mix(operands, *state)[:2]
+
+    operands = [x.detach() for x in operands]
+    want = [x.detach() for x in form(*operands)]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = form(*operands)
+    assert all(x.dtype == torch.float32 and torch.equal(x, y)
+               for x, y in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("name", list(model_ssm.MIXERS)[1:])
