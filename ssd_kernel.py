@@ -69,7 +69,7 @@ def ssd(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_state=Fals
         backend="auto"):
     """y = M v, with M[i,j] = (q_i . k_j) e^(a_(j+1) + ... + a_i) for j <= i, else 0 ([1] eq. 6).
 
-    q, k (B, L, G, N)   v (B, L, H, P)   a (B, L, H), log decay, <= 0
+    q, k (B, L, G, N)   v (B, L, H, P)   a (B, L, H), log decay, <= 0; at -inf all is forgotten
     initial_state (B, H, N, P), zeros if None
     cu_seqlens (n + 1) whole numbers from 0 to L: n documents packed in each row, the state restarts
     at each boundary; states are then (B, n, H, N, P)
@@ -138,7 +138,7 @@ def wide(dtype):
 
 
 # -----------------------------------------------------------------------------
-# what all forms share: products that autocast does not round
+# what all forms share: products that autocast does not round, and running sums of decays
 
 def outside_autocast(function):
     """A function of tensors -> the same, computed in their dtype whatever autocast surrounds it."""
@@ -169,6 +169,31 @@ class Product(torch.autograd.Function):
 
 
 product = Product.apply
+
+FLOOR = {torch.float32: -112.0, torch.float64: -752.0}      # multiples of 16 where e^a is 0
+
+
+def floored(a, dtype):
+    """a in this dtype and finite. Below the floor e^a is 0 whatever a, and so is a's gradient."""
+    return a.to(dtype).clamp_min(FLOOR[dtype])
+
+
+def running_sums(a, dim=-1):
+    """a, floored -> W and A, whose sum is the running sum of a along dim.
+
+    What fades between two tokens is a difference of running sums. In one sum a reset, say a = -100,
+    would cost every token behind it digits of its own small decay. So the whole multiples of 16 in
+    a are summed by themselves: W has no rounding error, and A is as small as without resets. Where
+    nothing is below -16 (e^-16 is the last digit of an fp32 number) W is 0.
+    """
+    whole = (a.detach() / 16).trunc_().mul_(16)
+    return whole.cumsum(dim), (a - whole).cumsum(dim)
+
+
+def until_end(W, A, dim=-1):
+    """The running sums of a -> a_(j+1) + ... + a_Q along dim"""
+    last = A.shape[dim] - 1
+    return (W.narrow(dim, last, 1) - W).add_(A.narrow(dim, last, 1)).sub_(A)
 
 
 # -----------------------------------------------------------------------------
@@ -212,10 +237,11 @@ def decay_matrix(a):
             [0.5000, 1.0000, 0.0000],
             [0.1250, 0.2500, 1.0000]])
     """
-    total = a.cumsum(-1)
-    gap = total[..., :, None] - total[..., None, :]     # <= 0 wherever j <= i
+    W, A = running_sums(floored(a, wide(a.dtype)))
+    gap = W[..., :, None] - W[..., None, :]             # exact, and 0 where nothing resets
+    gap.add_(A[..., :, None]).sub_(A[..., None, :])     # <= 0 wherever j <= i
     future = torch.ones(gap.shape[-2:], dtype=torch.bool, device=a.device).triu(1)
-    return gap.masked_fill(future, -torch.inf).exp()    # masked before exp: no inf * 0 in backward
+    return gap.masked_fill_(future, -torch.inf).exp_()  # masked before exp: no inf * 0 in backward
 
 
 def mixing_matrix(q, k, a):
@@ -237,7 +263,7 @@ def ssd_naive(q, k, v, a, initial_state=None, return_final_state=False):
     q, k = q.to(v.dtype), k.to(v.dtype)
     M = mixing_matrix(q, k, a).to(v.dtype)                              # (B, H, L, L)
     q, k, v = (x.transpose(1, 2) for x in (per_head(q, H), per_head(k, H), v))  # (B, H, L, .)
-    A = a.double().cumsum(1).transpose(1, 2)[..., None]     # a_1 + ... + a_t
+    A = floored(a, dtype).double().cumsum(1).transpose(1, 2)[..., None]     # a_1 + ... + a_t
     y = product(M, v.contiguous())                                      # (B, H, L, P)
     if initial_state is not None:
         y = y + product(q * A.exp().to(q.dtype), initial_state.to(q.dtype)).to(v.dtype)
@@ -271,7 +297,7 @@ def ssd_chunked(q, k, v, a, initial_state=None, return_final_state=False, chunk=
     """
     (B, L, H, P), N = v.shape, q.shape[-1]
     q, k = (per_head(x, H).to(v.dtype) for x in (q, k))
-    a = a.to(wide(v.dtype))
+    a = floored(a, wide(v.dtype))
     S = v.new_zeros(B, H, N, P) if initial_state is None else initial_state
     Q = chunk or chunk_length(P)
     if pad := -L % Q:               # zeros at the end: k = 0 writes nothing, a = 0 forgets nothing
@@ -293,7 +319,7 @@ class Chunked(torch.autograd.Function):
         for s in ctx.stretches:
             q_c, k_c, v_c, a_c = (in_chunks(x[:, s], Q).contiguous() for x in (q, k, v, a))
             since, left, fade = fading(a_c, v.dtype)
-            M = (q_c @ k_c.mT) * decay_matrix(a_c)                      # 1 inside  (B, C, H, Q, Q)
+            M = decay_matrix(a_c).mul_(q_c @ k_c.mT)                    # 1 inside  (B, C, H, Q, Q)
             writes = (k_c * left).mT @ v_c                              # 2 write   (B, C, H, N, P)
             door, S = carry(fade, writes, S, range(len(fade[0])))       # 3 carry   (B, C, H, N, P)
             y_c = (q_c @ door.to(v.dtype)) * since + M.to(v.dtype) @ v_c    # 4 read (B, C, H, Q, P)
@@ -322,7 +348,7 @@ class Chunked(torch.autograd.Function):
             later = (v_c * dv).sum(-1, dtype=a.dtype)
             dv += M.to(dtype).mT @ dy_c
             M *= R
-            R = (R * decay).to(dtype)
+            R = decay.mul_(R).to(dtype)
             dk = (v_c @ dS_c.mT) * left + R.mT @ q_c                    # (B, C, H, Q, N)
             dq = (dy_c @ S.mT) * since
             rise = (q_c * dq).sum(-1, dtype=a.dtype) + M.sum(-1) - M.sum(-2)
@@ -349,8 +375,8 @@ def in_chunks(x, Q):
 def fading(a, dtype):
     """a (B, C, H, Q) -> what is left since the door, and at the end, of each (B, C, H, Q, 1); and
     of the door at the end (B, C, H)"""
-    A = a.cumsum(-1)
-    since, left = A.exp(), (A[..., -1:] - A).exp()
+    W, A = running_sums(a)
+    since, left = (W + A).exp(), until_end(W, A).exp()
     return since.to(dtype)[..., None], left.to(dtype)[..., None], since[..., -1]
 
 
@@ -398,16 +424,17 @@ def channel_chunked(q, k, v, a, initial_state=None, return_final_state=False, ch
     """
     (B, L, H, P), N, given = v.shape, q.shape[-1], v.dtype
     S = v.new_zeros(B, H, N, P, dtype=wide(given)) if initial_state is None else initial_state
+    a = floored(a, wide(a.dtype))
     q, k, v, a = (wide_chunks(x, chunk) for x in (q, k, v, a))          # (B, C, H, Q, .)
     y, half = (q * k).sum(-1, keepdim=True) * v, 1
     while half < chunk:
         (_, q_r), (k_l, _), (v_l, _), (a_l, a_r) = (                    # (B, C, H, ., half, N or P)
             x.unflatten(-2, (-1, 2, half)).unbind(-3) for x in (q, k, v, a))
-        left = until_end(a_l).exp()
+        left = until_end(*running_sums(a_l, -2), -2).exp()
         M = product(q_r * a_r.cumsum(-2).exp(), (k_l * left).mT)
         y.unflatten(-2, (-1, 2, half)).select(-3, 1).add_(product(M, v_l))
         half *= 2
-    left = until_end(a).exp()
+    left = until_end(*running_sums(a, -2), -2).exp()
     writes = product((k * left).mT, v)                                  # (B, C, H, N, P)
     fade, doors = a.sum(-2).exp()[..., None], []                        # (B, C, H, N, 1)
     for c in range(fade.shape[1]):
@@ -416,12 +443,6 @@ def channel_chunked(q, k, v, a, initial_state=None, return_final_state=False, ch
     y = y + product(q * a.cumsum(-2).exp(), torch.stack(doors, 1))      # (B, C, H, Q, P)
     y = y.transpose(2, 3).flatten(1, 2)[:, :L].to(given)
     return (y, S) if return_final_state else y
-
-
-def until_end(a):
-    """a (..., Q, N) -> a_(j+1) + ... + a_Q"""
-    A = a.cumsum(-2)
-    return A[..., -1:, :] - A
 
 
 def wide_chunks(x, Q):
@@ -450,6 +471,7 @@ def delta_rule(q, k, v, a, b, initial_state=None, return_final_state=False, chun
     """
     (B, L, H, P), N = v.shape, q.shape[-1]
     S = v.new_zeros(B, H, N, P, dtype=wide(v.dtype)) if initial_state is None else initial_state
+    a = floored(a, wide(a.dtype))
     k_c, v_c, a_c, b_c = (wide_chunks(x, chunk) for x in (k, v, a, b))  # (B, C, H, Q, .)
     since, left, fade = fading(a_c, a_c.dtype)
     b_c, door = b_c[..., None], S
@@ -692,7 +714,9 @@ def step_kernel(q, k, v, a, S, y, S1, H: tl.constexpr, G: tl.constexpr, N: tl.co
 def configuration(N, P, dtype, arch):
     """-> columns of v per program; (chunk, warps, pipeline stages) of forward and of backward
 
-    Chosen so that nothing spills: `python test_ssd.py 90` prints what each takes on sm_90.
+    Chosen so that nothing spills: `python test_ssd.py 90` prints what each takes on sm_90. fp32
+    needs short chunks besides: 16 resets add up to 16 * 112 / ln 2 = 2,600, where a running sum
+    still has four decimals. At 16 bits q, k and v have fewer.
     """
     if dtype == torch.float32:
         tiles = 16, 8 if N > 64 else 4, 1
@@ -729,7 +753,7 @@ def ssd_triton(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_sta
          else initial_state.float().reshape(B, n_docs, H, N, P))
     S = S.unflatten(-1, (parts, W)).transpose(-3, -2).flatten(2, 3)     # (B, n, H parts, N, W)
     q, k = q.to(v.dtype), k.to(v.dtype)
-    a = a.float().repeat_interleave(parts, dim=2)
+    a = floored(a, torch.float32).repeat_interleave(parts, dim=2)
     inputs = [x.contiguous() for x in (q, k, v.reshape(B, L, H * parts, W), a, S)]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     y, S, _ = ssd_op(*inputs, cu, keep, pieces or pieces_of(v, parts * n_docs))
@@ -883,6 +907,7 @@ def orientation_loss(q_t, k_t, scale, q, k, a, D, return_size=False, backend="au
     if backend == "auto":
         fits = q.is_cuda and not not_for_triton(q, k_t.shape[-1])
         backend = "triton" if fits else "blocked"
+    a = floored(a, wide(a.dtype))
     distance, size = OrientationLoss.apply(q_t, k_t, scale, q, k, a, D, backend == "triton")
     return (distance, size) if return_size else distance
 
@@ -932,7 +957,7 @@ def orientation_blocked(q_t, k_t, scale, q, k, a, D):
     (B, L, H), dtype = a.shape, wide(a.dtype)
     q_t, k_t, q, k = (per_head(x, H).transpose(1, 2).to(dtype)
                       for x in (q_t, k_t, q, k))                        # (B, H, L, N)
-    A = a.double().cumsum(1).transpose(1, 2)                            # (B, H, L)
+    W, A = (x.transpose(1, 2) for x in running_sums(a.double(), 1))     # (B, H, L)
     dq, dk, dA = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(A)
     dD = D.new_zeros(B, H, dtype=dtype)
     squares, squares_t = dD.clone(), dD.clone()                         # (B, H)
@@ -944,8 +969,9 @@ def orientation_blocked(q_t, k_t, scale, q, k, a, D):
         target = target.masked_fill_(future, -torch.inf).softmax(-1)
         # Counted from row i, in fp64, the running sums may go to fp32: far from i they are
         # large, but fade to 0.
-        near = (A[:, :, :j] - A[:, :, i, None]).to(dtype)               # (B, H, j)
-        gap = near[..., i:, None] - near[..., None, :]
+        near_W, near = ((x[:, :, :j] - x[:, :, i, None]).to(dtype) for x in (W, A))     # (B, H, j)
+        gap = near_W[..., i:, None] - near_W[..., None, :]
+        gap.add_(near[..., i:, None]).sub_(near[..., None, :])
         decay = gap.masked_fill_(future, -torch.inf).exp_()
         M = (q[:, :, i:j] @ k[:, :, :j].mT).mul_(decay)                 # (B, H, rows, j)
         E = M - target
