@@ -401,6 +401,7 @@ class MLSTM(Linear):
 
     def mix(self, operands, S=None, m=None):
         q, k, v, f, i = operands
+        f = f.clamp_min(-1e6)           # forgets all beside any i, and its running sum is finite
         with torch.no_grad():                       # m_t - f_1 .. - f_t is a running maximum
             kept = F.pad(f.double().cumsum(1), (0, 0, 1, 0))                    # (B, 1 + L, H)
             before = torch.zeros_like(kept[:, :1]) if m is None else m[:, None]

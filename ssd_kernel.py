@@ -69,12 +69,13 @@ def ssd(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_state=Fals
         backend="auto"):
     """y = M v, with M[i,j] = (q_i . k_j) e^(a_(j+1) + ... + a_i) for j <= i, else 0 ([1] eq. 6).
 
-    q, k (B, L, G, N)   v (B, L, H, P)   a (B, L, H), log decay, <= 0
+    q, k (B, L, G, N)   v (B, L, H, P)   a (B, L, H), log decay, <= 0; at -inf all is forgotten
     initial_state (B, H, N, P), zeros if None
     cu_seqlens (n + 1) whole numbers from 0 to L: n documents packed in each row, the state restarts
     at each boundary; states are then (B, n, H, N, P)
     -> y (B, L, H, P) in v's dtype, or (y, final state), the state in fp32 (fp64 for fp64 inputs).
     Differentiable in every tensor. Any L >= 1. Raises ValueError for shapes that do not fit.
+    Computed in the dtype of the inputs, under torch.autocast too.
     """
     check(q, k, v, a, initial_state, cu_seqlens)
     if backend == "auto":
@@ -137,6 +138,65 @@ def wide(dtype):
 
 
 # -----------------------------------------------------------------------------
+# what all forms share: products that autocast does not round, and running sums of decays
+
+def outside_autocast(function):
+    """A function of tensors -> the same, computed in their dtype whatever autocast surrounds it."""
+    @functools.wraps(function)
+    def outside(*args):
+        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return function(*args)
+    return outside
+
+
+class Product(torch.autograd.Function):
+    """x @ y, in their dtype. Of what the forms compute, autocast would round the matrix products
+    only: those of the forward and, where it surrounds the backward too, those of the gradient."""
+
+    @staticmethod
+    @outside_autocast
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        return x @ y
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx, dz):
+        (x, y), dz = ctx.saved_tensors, dz.contiguous()
+        return (dz @ y.mT if ctx.needs_input_grad[0] else None,
+                x.mT @ dz if ctx.needs_input_grad[1] else None)
+
+
+product = Product.apply
+
+FLOOR = {torch.float32: -112.0, torch.float64: -752.0}      # multiples of 16 where e^a is 0
+
+
+def floored(a, dtype):
+    """a in this dtype and finite. Below the floor e^a is 0 whatever a, and so is a's gradient."""
+    return a.to(dtype).clamp_min(FLOOR[dtype])
+
+
+def running_sums(a, dim=-1):
+    """a, floored -> W and A, whose sum is the running sum of a along dim.
+
+    What fades between two tokens is a difference of running sums. In one sum a reset, say a = -100,
+    would cost every token behind it digits of its own small decay. So the whole multiples of 16 in
+    a are summed by themselves: W has no rounding error, and A is as small as without resets. Where
+    nothing is below -16 (e^-16 is the last digit of an fp32 number) W is 0.
+    """
+    whole = (a.detach() / 16).trunc_().mul_(16)
+    return whole.cumsum(dim), (a - whole).cumsum(dim)
+
+
+def until_end(W, A, dim=-1):
+    """The running sums of a -> a_(j+1) + ... + a_Q along dim"""
+    last = A.shape[dim] - 1
+    return (W.narrow(dim, last, 1) - W).add_(A.narrow(dim, last, 1)).sub_(A)
+
+
+# -----------------------------------------------------------------------------
 # the definition, and the matrix
 
 @packed
@@ -166,7 +226,7 @@ def ssd_step(q, k, v, a, S):
         return step_triton(q, k, v, a, S)
     q, k = (per_head(x[:, None], H)[:, 0].to(S.dtype) for x in (q, k))  # (B, H, N)
     S = a.to(S.dtype).exp()[..., None, None] * S + k[..., :, None] * v.to(S.dtype)[..., None, :]
-    return (q[..., None, :] @ S)[..., 0, :].to(v.dtype), S
+    return product(q[..., None, :], S)[..., 0, :].to(v.dtype), S
 
 
 def decay_matrix(a):
@@ -177,10 +237,11 @@ def decay_matrix(a):
             [0.5000, 1.0000, 0.0000],
             [0.1250, 0.2500, 1.0000]])
     """
-    total = a.cumsum(-1)
-    gap = total[..., :, None] - total[..., None, :]     # <= 0 wherever j <= i
+    W, A = running_sums(floored(a, wide(a.dtype)))
+    gap = W[..., :, None] - W[..., None, :]             # exact, and 0 where nothing resets
+    gap.add_(A[..., :, None]).sub_(A[..., None, :])     # <= 0 wherever j <= i
     future = torch.ones(gap.shape[-2:], dtype=torch.bool, device=a.device).triu(1)
-    return gap.masked_fill(future, -torch.inf).exp()    # masked before exp: no inf * 0 in backward
+    return gap.masked_fill_(future, -torch.inf).exp_()  # masked before exp: no inf * 0 in backward
 
 
 def mixing_matrix(q, k, a):
@@ -188,28 +249,31 @@ def mixing_matrix(q, k, a):
 
     For pictures and checks.
     """
-    H = a.shape[-1]
+    q, k = (per_head(x, a.shape[-1]).transpose(1, 2).contiguous() for x in (q, k))  # (B, H, L, N)
     # Over thousands of tokens the running sum of a is large and its differences small: fp64 keeps
     # their digits.
     decay = decay_matrix(a.double().transpose(1, 2)).to(wide(q.dtype))  # (B, H, L, L)
-    return torch.einsum("bihn,bjhn->bhij", per_head(q, H), per_head(k, H)) * decay
+    return product(q, k.mT) * decay
 
 
 @packed
 def ssd_naive(q, k, v, a, initial_state=None, return_final_state=False):
     """y = M v with M in full: masked attention with a decay instead of softmax ([1] eq. 16)."""
-    H, A = v.shape[2], a.double().cumsum(1)                             # (B, L, H), a_1 + ... + a_t
-    y = torch.einsum("bhij,bjhp->bihp", mixing_matrix(q, k, a).to(v.dtype), v)
+    dtype, H = wide(v.dtype), v.shape[2]
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    M = mixing_matrix(q, k, a).to(v.dtype)                              # (B, H, L, L)
+    q, k, v = (x.transpose(1, 2) for x in (per_head(q, H), per_head(k, H), v))  # (B, H, L, .)
+    A = floored(a, dtype).double().cumsum(1).transpose(1, 2)[..., None]     # a_1 + ... + a_t
+    y = product(M, v.contiguous())                                      # (B, H, L, P)
     if initial_state is not None:
-        faded = per_head(q, H) * A.exp().to(q.dtype)[..., None]
-        y = y + torch.einsum("bihn,bhnp->bihp", faded, initial_state.to(q.dtype)).to(v.dtype)
+        y = y + product(q * A.exp().to(q.dtype), initial_state.to(q.dtype)).to(v.dtype)
+    y = y.transpose(1, 2)                                               # (B, L, H, P)
     if not return_final_state:
         return y
-    dtype = wide(v.dtype)
-    left = (A[:, -1:] - A).exp().to(dtype)                              # left of token j at the end
-    S = torch.einsum("bjhn,bjhp->bhnp", per_head(k, H).to(dtype) * left[..., None], v.to(dtype))
+    left = (A[:, :, -1:] - A).exp().to(dtype)                           # left of token j at the end
+    S = product((k.to(dtype) * left).mT, v.to(dtype))                   # (B, H, N, P)
     if initial_state is not None:
-        S = S + A[:, -1].exp().to(dtype)[..., None, None] * initial_state
+        S = S + A[:, :, -1:].exp().to(dtype) * initial_state
     return y, S
 
 
@@ -232,14 +296,14 @@ def ssd_chunked(q, k, v, a, initial_state=None, return_final_state=False, chunk=
            7   . . . | . . . | #
     """
     (B, L, H, P), N = v.shape, q.shape[-1]
-    q, k, a = per_head(q, H).to(v.dtype), per_head(k, H).to(v.dtype), a.to(wide(v.dtype))
+    q, k = (per_head(x, H).to(v.dtype) for x in (q, k))
+    a = floored(a, wide(v.dtype))
     S = v.new_zeros(B, H, N, P) if initial_state is None else initial_state
     Q = chunk or chunk_length(P)
     if pad := -L % Q:               # zeros at the end: k = 0 writes nothing, a = 0 forgets nothing
         q, k, v, a = (torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, pad))
                       for x in (q, k, v, a))
-    with torch.autocast(v.device.type, enabled=False):
-        y, S = Chunked.apply(q, k, v, a, S.to(a.dtype), Q)
+    y, S = Chunked.apply(q, k, v, a, S.to(a.dtype), Q)
     return (y[:, :L], S) if return_final_state else y[:, :L]
 
 
@@ -248,13 +312,14 @@ class Chunked(torch.autograd.Function):
     the products below, transposed, and the same carry from the end (see backward_kernel for da)."""
 
     @staticmethod
+    @outside_autocast
     def forward(ctx, q, k, v, a, S, Q):
         y, doors = torch.empty_like(v), []
         ctx.Q, ctx.stretches = Q, stretches(v, q.shape[-1], Q)
         for s in ctx.stretches:
             q_c, k_c, v_c, a_c = (in_chunks(x[:, s], Q).contiguous() for x in (q, k, v, a))
             since, left, fade = fading(a_c, v.dtype)
-            M = (q_c @ k_c.mT) * decay_matrix(a_c)                      # 1 inside  (B, C, H, Q, Q)
+            M = decay_matrix(a_c).mul_(q_c @ k_c.mT)                    # 1 inside  (B, C, H, Q, Q)
             writes = (k_c * left).mT @ v_c                              # 2 write   (B, C, H, N, P)
             door, S = carry(fade, writes, S, range(len(fade[0])))       # 3 carry   (B, C, H, N, P)
             y_c = (q_c @ door.to(v.dtype)) * since + M.to(v.dtype) @ v_c    # 4 read (B, C, H, Q, P)
@@ -265,6 +330,7 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx, dy, dS):
         q, k, v, a, *doors = ctx.saved_tensors
         Q, dtype, grads = ctx.Q, v.dtype, [torch.empty_like(x) for x in (q, k, v, a)]
@@ -282,7 +348,7 @@ class Chunked(torch.autograd.Function):
             later = (v_c * dv).sum(-1, dtype=a.dtype)
             dv += M.to(dtype).mT @ dy_c
             M *= R
-            R = (R * decay).to(dtype)
+            R = decay.mul_(R).to(dtype)
             dk = (v_c @ dS_c.mT) * left + R.mT @ q_c                    # (B, C, H, Q, N)
             dq = (dy_c @ S.mT) * since
             rise = (q_c * dq).sum(-1, dtype=a.dtype) + M.sum(-1) - M.sum(-2)
@@ -309,8 +375,8 @@ def in_chunks(x, Q):
 def fading(a, dtype):
     """a (B, C, H, Q) -> what is left since the door, and at the end, of each (B, C, H, Q, 1); and
     of the door at the end (B, C, H)"""
-    A = a.cumsum(-1)
-    since, left = A.exp(), (A[..., -1:] - A).exp()
+    W, A = running_sums(a)
+    since, left = (W + A).exp(), until_end(W, A).exp()
     return since.to(dtype)[..., None], left.to(dtype)[..., None], since[..., -1]
 
 
@@ -335,7 +401,7 @@ def channel_step(q, k, v, a, S):
     """
     q, k, a = (x.to(S.dtype) for x in (q, k, a))
     S = a.exp()[..., None] * S + k[..., None] * v.to(S.dtype)[..., None, :]
-    return (q[..., None, :] @ S)[..., 0, :].to(v.dtype), S
+    return product(q[..., None, :], S)[..., 0, :].to(v.dtype), S
 
 
 def channel_chunked(q, k, v, a, initial_state=None, return_final_state=False, chunk=64):
@@ -358,29 +424,25 @@ def channel_chunked(q, k, v, a, initial_state=None, return_final_state=False, ch
     """
     (B, L, H, P), N, given = v.shape, q.shape[-1], v.dtype
     S = v.new_zeros(B, H, N, P, dtype=wide(given)) if initial_state is None else initial_state
-    with torch.autocast(v.device.type, enabled=False):
-        q, k, v, a = (wide_chunks(x, chunk) for x in (q, k, v, a))      # (B, C, H, Q, .)
-        y, half = (q * k).sum(-1, keepdim=True) * v, 1
-        while half < chunk:
-            (_, q_r), (k_l, _), (v_l, _), (a_l, a_r) = (                # (B, C, H, ., half, N or P)
-                x.unflatten(-2, (-1, 2, half)).unbind(-3) for x in (q, k, v, a))
-            M = (q_r * a_r.cumsum(-2).exp()) @ (k_l * until_end(a_l).exp()).mT
-            y.unflatten(-2, (-1, 2, half)).select(-3, 1).add_(M @ v_l)
-            half *= 2
-        writes = (k * until_end(a).exp()).mT @ v                        # (B, C, H, N, P)
-        fade, doors = a.sum(-2).exp()[..., None], []                    # (B, C, H, N, 1)
-        for c in range(fade.shape[1]):
-            doors.append(S)
-            S = fade[:, c] * S + writes[:, c]
-        y = y + (q * a.cumsum(-2).exp()) @ torch.stack(doors, 1)        # (B, C, H, Q, P)
+    a = floored(a, wide(a.dtype))
+    q, k, v, a = (wide_chunks(x, chunk) for x in (q, k, v, a))          # (B, C, H, Q, .)
+    y, half = (q * k).sum(-1, keepdim=True) * v, 1
+    while half < chunk:
+        (_, q_r), (k_l, _), (v_l, _), (a_l, a_r) = (                    # (B, C, H, ., half, N or P)
+            x.unflatten(-2, (-1, 2, half)).unbind(-3) for x in (q, k, v, a))
+        left = until_end(*running_sums(a_l, -2), -2).exp()
+        M = product(q_r * a_r.cumsum(-2).exp(), (k_l * left).mT)
+        y.unflatten(-2, (-1, 2, half)).select(-3, 1).add_(product(M, v_l))
+        half *= 2
+    left = until_end(*running_sums(a, -2), -2).exp()
+    writes = product((k * left).mT, v)                                  # (B, C, H, N, P)
+    fade, doors = a.sum(-2).exp()[..., None], []                        # (B, C, H, N, 1)
+    for c in range(fade.shape[1]):
+        doors.append(S)
+        S = fade[:, c] * S + writes[:, c]
+    y = y + product(q * a.cumsum(-2).exp(), torch.stack(doors, 1))      # (B, C, H, Q, P)
     y = y.transpose(2, 3).flatten(1, 2)[:, :L].to(given)
     return (y, S) if return_final_state else y
-
-
-def until_end(a):
-    """a (..., Q, N) -> a_(j+1) + ... + a_Q"""
-    A = a.cumsum(-2)
-    return A[..., -1:, :] - A
 
 
 def wide_chunks(x, Q):
@@ -396,7 +458,7 @@ def delta_step(q, k, v, a, b, S):
     + k_t u_t^T with u_t = b_t (v_t - e^(a_t) k_t S_(t-1)).
     q, k (B, H, N)   v (B, H, P)   a, b (B, H)   S (B, H, N, P)
     """
-    found = (k.to(S.dtype)[..., None, :] @ S)[..., 0, :]                # (B, H, P)
+    found = product(k.to(S.dtype)[..., None, :], S)[..., 0, :]          # (B, H, P)
     u = b[..., None] * (v - a.exp()[..., None] * found)
     return ssd_step(q, k, u.to(v.dtype), a, S)
 
@@ -409,20 +471,36 @@ def delta_rule(q, k, v, a, b, initial_state=None, return_final_state=False, chun
     """
     (B, L, H, P), N = v.shape, q.shape[-1]
     S = v.new_zeros(B, H, N, P, dtype=wide(v.dtype)) if initial_state is None else initial_state
-    with torch.autocast(v.device.type, enabled=False):
-        k_c, v_c, a_c, b_c = (wide_chunks(x, chunk) for x in (k, v, a, b))      # (B, C, H, Q, .)
-        since, left, fade = fading(a_c, a_c.dtype)
-        b_c, door = b_c[..., None], S
-        M = (b_c * (k_c @ k_c.mT) * decay_matrix(a_c)).tril(-1)         # (B, C, H, Q, Q)
-        U, K = torch.linalg.solve_triangular(                           # (B, C, H, Q, P), (.., N)
-            M, b_c * torch.cat([v_c, since * k_c], -1), upper=False, unitriangular=True
-        ).split([P, N], dim=-1)
-        writing, u = (k_c * left).mT, []                                # (B, C, H, N, Q)
-        for c in range(fade.shape[1]):
-            u.append(U[:, c] - K[:, c] @ door)
-            door = fade[:, c, :, None, None] * door + writing[:, c] @ u[-1]
-        u = torch.stack(u, 1).transpose(2, 3).flatten(1, 2)[:, :L]      # (B, L, H, P)
+    a = floored(a, wide(a.dtype))
+    k_c, v_c, a_c, b_c = (wide_chunks(x, chunk) for x in (k, v, a, b))  # (B, C, H, Q, .)
+    since, left, fade = fading(a_c, a_c.dtype)
+    b_c, door = b_c[..., None], S
+    M = (b_c * product(k_c, k_c.mT) * decay_matrix(a_c)).tril(-1)       # (B, C, H, Q, Q)
+    U, K = Solution.apply(M, b_c * torch.cat([v_c, since * k_c], -1)).split([P, N], dim=-1)
+    writing, u = (k_c * left).mT, []                                    # (B, C, H, N, Q)
+    for c in range(fade.shape[1]):
+        u.append(U[:, c] - product(K[:, c], door))                      # (B, H, Q, P)
+        door = fade[:, c, :, None, None] * door + product(writing[:, c], u[-1])
+    u = torch.stack(u, 1).transpose(2, 3).flatten(1, 2)[:, :L]          # (B, L, H, P)
     return ssd(q, k, u.to(v.dtype), a, S, None, return_final_state)
+
+
+class Solution(torch.autograd.Function):
+    """x of (1 + M) x = y, M strictly lower triangular, in their dtype: see Product."""
+
+    @staticmethod
+    @outside_autocast
+    def forward(ctx, M, y):
+        x = torch.linalg.solve_triangular(M, y, upper=False, unitriangular=True)
+        ctx.save_for_backward(M, x)
+        return x
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx, dx):
+        M, x = ctx.saved_tensors
+        dy = torch.linalg.solve_triangular(M.mT, dx, upper=True, unitriangular=True)
+        return -(dy @ x.mT).tril(-1), dy
 
 
 # -----------------------------------------------------------------------------
@@ -636,7 +714,9 @@ def step_kernel(q, k, v, a, S, y, S1, H: tl.constexpr, G: tl.constexpr, N: tl.co
 def configuration(N, P, dtype, arch):
     """-> columns of v per program; (chunk, warps, pipeline stages) of forward and of backward
 
-    Chosen so that nothing spills: `python test_ssd.py 90` prints what each takes on sm_90.
+    Chosen so that nothing spills: `python test_ssd.py 90` prints what each takes on sm_90. fp32
+    needs short chunks besides: 16 resets add up to 16 * 112 / ln 2 = 2,600, where a running sum
+    still has four decimals. At 16 bits q, k and v have fewer.
     """
     if dtype == torch.float32:
         tiles = 16, 8 if N > 64 else 4, 1
@@ -672,7 +752,8 @@ def ssd_triton(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_sta
     S = (v.new_zeros(B, n_docs, H, N, P, dtype=torch.float32) if initial_state is None
          else initial_state.float().reshape(B, n_docs, H, N, P))
     S = S.unflatten(-1, (parts, W)).transpose(-3, -2).flatten(2, 3)     # (B, n, H parts, N, W)
-    q, k, a = q.to(v.dtype), k.to(v.dtype), a.float().repeat_interleave(parts, dim=2)
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    a = floored(a, torch.float32).repeat_interleave(parts, dim=2)
     inputs = [x.contiguous() for x in (q, k, v.reshape(B, L, H * parts, W), a, S)]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     y, S, _ = ssd_op(*inputs, cu, keep, pieces or pieces_of(v, parts * n_docs))
@@ -785,6 +866,7 @@ def _(q, k, v, a, cu, doors, dy, dS, pieces):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, a, dS))
 
 
+@outside_autocast
 def derivative(ctx, dy, dS, _):
     return *ssd_backward_op(*ctx.saved_tensors, dy, dS, ctx.pieces), None, None, None
 
@@ -828,8 +910,8 @@ def orientation_loss(q_t, k_t, scale, q, k, a, D, window=None, return_size=False
         fits = q.is_cuda and not not_for_triton(q, k_t.shape[-1])
         backend = "triton" if fits else "blocked"
     window = min(window or a.shape[1], a.shape[1])
-    distance, size = OrientationLoss.apply(q_t, k_t, scale, window, q, k, a, D,
-                                           backend == "triton")
+    distance, size = OrientationLoss.apply(q_t, k_t, scale, window, q, k,
+                                           floored(a, wide(a.dtype)), D, backend == "triton")
     return (distance, size) if return_size else distance
 
 
@@ -858,6 +940,7 @@ class OrientationLoss(torch.autograd.Function):
 @torch.library.custom_op("mohawk::orientation", mutates_args=(), schema="(Tensor q_t, Tensor k_t, "
                          "float scale, int window, Tensor q, Tensor k, Tensor a, Tensor D, "
                          "bool tiles) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+@outside_autocast
 def orientation_op(q_t, k_t, scale, window, q, k, a, D, tiles):
     """-> dq, dk (B, L, H, N), dA (B, L, H), dD, ||E||^2, ||target||^2 (B, H)"""
     form = orientation_triton if tiles else orientation_blocked
@@ -879,7 +962,7 @@ def orientation_blocked(q_t, k_t, scale, window, q, k, a, D):
     (B, L, H), dtype = a.shape, wide(a.dtype)
     q_t, k_t, q, k = (per_head(x, H).transpose(1, 2).to(dtype)
                       for x in (q_t, k_t, q, k))                        # (B, H, L, N)
-    A = a.double().cumsum(1).transpose(1, 2)                            # (B, H, L)
+    W, A = (x.transpose(1, 2) for x in running_sums(a.double(), 1))     # (B, H, L)
     dq, dk, dA = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(A)
     dD = D.new_zeros(B, H, dtype=dtype)
     squares, squares_t = dD.clone(), dD.clone()                         # (B, H)
@@ -892,8 +975,9 @@ def orientation_blocked(q_t, k_t, scale, window, q, k, a, D):
         target = target.masked_fill_(unseen, -torch.inf).softmax(-1)
         # Counted from row i, in fp64, the running sums may go to fp32: far from i they are
         # large, but fade to 0.
-        near = (A[:, :, :j] - A[:, :, i, None]).to(dtype)               # (B, H, j)
-        gap = near[..., i:, None] - near[..., None, :]
+        near_W, near = ((x[:, :, :j] - x[:, :, i, None]).to(dtype) for x in (W, A))     # (B, H, j)
+        gap = near_W[..., i:, None] - near_W[..., None, :]
+        gap.add_(near[..., i:, None]).sub_(near[..., None, :])
         decay = gap.masked_fill_(future, -torch.inf).exp_()
         M = (q[:, :, i:j] @ k[:, :, :j].mT).mul_(decay)                 # (B, H, rows, j)
         E = M - target
@@ -1025,7 +1109,7 @@ def attention_matrix(q, k, scale, window=None):
     """q (B, L, H, N), k (B, L, G, N) -> softmax(q k^T scale) (B, H, L, L), causal, over the last
     `window` keys, its own among them, or all"""
     L, H = q.shape[1:3]
-    scores = torch.einsum("bihn,bjhn->bhij", q, per_head(k, H)) * scale
+    scores = product(q.transpose(1, 2), per_head(k, H).transpose(1, 2).mT) * scale
     seen = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
     if window:
         seen = seen.triu(1 - window)

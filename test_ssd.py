@@ -142,17 +142,109 @@ def test_gradients_are_the_derivatives(backend):
     assert torch.autograd.gradcheck(forward, tensors)
 
 
-@pytest.mark.parametrize("backend", ["naive", "chunked"])
+# A reset: at -1e9, as users of packed rows set it, or at -inf, e^a is 0 in fp64 too. Its edges are
+# those of chunks of 16, 32 and 64.
+RESETS = [-1e3, -1e4, -1e9, -math.inf]
+PLACES = {"first": [0], "edges": [0, 15, 16, 31, 32, 63, 64, 69],
+          "most": [i for i in range(70) if i % 5 > 1], "all": range(70)}
+
+
+def decays(a, value, place):
+    """a (B, 70, ...) with this value at these places"""
+    a = a.clone()
+    a[:, list(PLACES[place])] = value
+    return a
+
+
+def results_and_gradients(form, tensors, dtype=None):
+    """[what form returns, its gradients] for a fixed gradient of what it returns"""
+    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors]
+    results = form(*leaves)
+    results = results if isinstance(results, tuple) else (results,)
+    draw = torch.Generator().manual_seed(5)
+    weights = [torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x) for x in results]
+    return [*results, *torch.autograd.grad(results, leaves, weights)]
+
+
+def all_near(got, want, tolerance):
+    """Where all is 0, 0 is asked for."""
+    return all(rel(g, w) < tolerance if w.any() else not g.any()
+               for g, w in zip(got, want, strict=True))
+
+
+# The promise is 1e-4. Running sums of up to 64 decays that are above -16 lose 64 * 16 * 6e-8 at the
+# worst, 6e-5; here they are above -1. 16-bit inputs are rounded by 2^-9 / sqrt(3) = 1.1e-3, and so
+# is each of up to six operands and results on the way: 1.1e-3 * sqrt(7), and as much in reserve.
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("value", RESETS)
+def test_a_decay_that_resets_is_exact_with_all_its_gradients(value, place):
+    q, k, v, a, S = (x.float() for x in inputs(1, 70, 2, 1, 8, 48))         # in chunks of 64
+    a, packed_S = decays(a, value, place), torch.randn(1, 3, 2, 8, 48)
+    for state, cu in ((S, None), (0 * S, None), (packed_S, torch.tensor([0, 1, 64, 70]))):
+        def form(*tensors, backend="recurrent", cu=cu):
+            return ssd(*tensors, cu, return_final_state=True, backend=backend)
+
+        for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 6e-3)):
+            tensors = [x.to(dtype) for x in (q, k, v)] + [a, state]
+            want = results_and_gradients(form, tensors, torch.float64)
+            for backend in ("recurrent", "naive", "chunked"):
+                got = results_and_gradients(functools.partial(form, backend=backend), tensors)
+                assert all_near(got, want, tolerance), backend
+                assert not got[5][:, list(PLACES[place])].any()     # e^a is 0, so is its derivative
+
+
+@pytest.mark.parametrize("L", [1, 64])
+@pytest.mark.parametrize("backend", ["recurrent", "naive", "chunked", "auto"])
+def test_where_all_is_reset_each_token_sees_itself_only(backend, L):
+    q, k, v, a, S = (x.float() for x in inputs(L=L))
+    a = torch.full_like(a, -math.inf)
+    y, last = ssd(q, k, v, a, S, return_final_state=True, backend=backend)
+    assert rel(y, (q * k).sum(-1, keepdim=True) * v) < 1e-6
+    assert rel(last, k[:, -1, :, :, None] * v[:, -1, :, None]) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["naive", "chunked", "triton"])
 @pytest.mark.parametrize("decay", ["none", "strong", "mixed"])
-def test_extreme_decays_give_finite_values_and_gradients(backend, decay):
-    q, k, v, a, S = (x.float() for x in inputs(L=130))
-    a = {"none": torch.zeros_like(a), "strong": torch.full_like(a, -30),
-         "mixed": torch.where(a > -0.5, 0.0, -30.0)}[decay]
-    tensors = [x.clone().requires_grad_() for x in (q, k, v, a, S)]
-    y, last = ssd(*tensors, return_final_state=True, backend=backend)
-    (y.square().sum() + last.square().sum()).backward()
-    assert rel(y, ssd_recurrent(*(x.detach().double() for x in tensors))) < 1e-5
-    assert all(x.grad.isfinite().all() for x in tensors)
+def test_decays_that_are_no_resets_give_exact_values_and_gradients(backend, decay):
+    tensors = [x.float() for x in inputs(1, 130, 2, 1, 16, 16)]
+    tensors[3] = {"none": torch.zeros(1, 130, 2), "strong": torch.full((1, 130, 2), -30.0),
+                  "mixed": torch.where(tensors[3] > -0.5, 0.0, -30.0)}[decay]
+    got = results_and_gradients(functools.partial(ssd, return_final_state=True, backend=backend),
+                                [x.to(DEVICE) for x in tensors])
+    want = results_and_gradients(functools.partial(ssd_recurrent, return_final_state=True),
+                                 tensors, torch.float64)
+    for g, w in zip(got, want, strict=True):
+        # Of what e^-30 leaves, fp32 keeps nothing beside a 1: there the error counts by itself.
+        assert rel(g.cpu(), w) < 1e-5 or (g.cpu() - w).abs().max() < 1e-5
+
+
+def matrix_by_recurrence(q, k, a):
+    """M (B, H, L, L): what the definition makes of the identity"""
+    (B, L, H), eye = a.shape, torch.eye(a.shape[1]).to(q)
+    return ssd_recurrent(q, k, eye[:, None].expand(B, L, H, L), a).transpose(1, 2)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("value", RESETS)
+def test_matrices_and_their_distance_are_exact_where_decays_reset(value, place):
+    q, k, _, a, _ = (x.float() for x in inputs(1, 70, 2, 1))
+    q_t, k_t = (x.float() for x in inputs(1, 70, 2, 2, seed=1)[:2])
+    a, D = decays(a, value, place), torch.randn(2)
+    want = results_and_gradients(matrix_by_recurrence, (q, k, a), torch.float64)
+    assert all_near(results_and_gradients(mixing_matrix, (q, k, a)), want, 1e-4)
+    by_head = a.transpose(1, 2)
+    ones = torch.ones(1, 70, 1, 1)
+    want = matrix_by_recurrence(ones.double(), ones.double(), a.double())
+    assert rel(ssd_kernel.decay_matrix(by_head), want) < 1e-4
+
+    def by_definition(q, k, a, D):
+        M = matrix_by_recurrence(q, k, a) + torch.diag_embed(D[:, None].expand(2, 70))
+        return ssd_kernel.distance_in_full(q_t, k_t, 0.3, M)[0]
+
+    want = results_and_gradients(by_definition, (q, k, a, D), torch.float64)
+    for form in (orientation_loss, orientation_loss_naive):
+        got = results_and_gradients(functools.partial(form, q_t, k_t, 0.3), (q, k, a, D))
+        assert all_near(got, want, 1e-4)
 
 
 def test_shapes_that_do_not_fit_are_refused_by_name():
@@ -213,6 +305,40 @@ def test_packed_documents_are_the_documents_one_by_one(backend):
     for wrong in ([0, 70, 70, 200], [0, 100], [1, 200]):
         with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to L = 200"):
             ssd(*tensors[:4], cu_seqlens=torch.tensor(wrong), backend=backend)
+
+
+def forms_and_their_inputs(L):
+    """name -> form, its tensors: all that computes in the dtype it is given"""
+    q, k, v, a, S = (x.float().to(DEVICE) for x in inputs(1, L, 2, 1, 16, 16))
+    q_h, k_h, b, D = q.expand(1, L, 2, 16), k.expand(1, L, 2, 16) / 4, -a, a[0, 0]
+    wide_a, teacher = -v.abs(), (v.detach(), k_h.detach(), 0.3)
+    forms = {name: (functools.partial(ssd, return_final_state=True, backend=name), (q, k, v, a, S))
+             for name in ("auto", "recurrent", "naive", "chunked", "triton")}
+    for name, form, step, tensors in (
+            ("ssd", None, ssd_kernel.ssd_step, (q, k, v, a)),
+            ("channel", ssd_kernel.channel_chunked, ssd_kernel.channel_step, (q_h, k_h, v, wide_a)),
+            ("delta", ssd_kernel.delta_rule, ssd_kernel.delta_step, (q_h, k_h, v, a, b))):
+        forms[f"{name}_step"] = step, (*(x[:, 0] for x in tensors), S)
+        if form:
+            forms[name] = functools.partial(form, return_final_state=True), (*tensors, S)
+    forms["mixing_matrix"] = mixing_matrix, (q, k, a)
+    for backend in ("blocked", "triton"):
+        forms[f"orientation, {backend}"] = (
+            functools.partial(orientation_loss, *teacher, backend=backend), (q, k, a, D))
+    forms["orientation, naive"] = functools.partial(orientation_loss_naive, *teacher), (q, k, a, D)
+    return forms
+
+
+@pytest.mark.parametrize("name", forms_and_their_inputs(1))
+@pytest.mark.parametrize("L", [1, 32, 33])             # up to 32 is one chunk, and "auto" naive
+def test_no_form_computes_in_autocasts_precision(name, L):
+    # The same operations in the same dtype: the same bits, of the gradients too.
+    form, tensors = forms_and_their_inputs(L)[name]
+    want = results_and_gradients(form, tensors)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = results_and_gradients(form, tensors)
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == w.dtype and torch.equal(g, w)
 
 
 # -----------------------------------------------------------------------------
@@ -295,19 +421,36 @@ def test_every_element_of_every_output_is_written(poison, pieces, documents):
         assert x.isfinite().all()
 
 
-@pytest.mark.parametrize("decay", ["none", "strong", "mixed"])
-def test_extreme_decays_are_finite_in_the_kernels_too(decay):
-    q, k, v, a, S = inputs(1, 130, 2, 1, 16, 16)
-    a = {"none": torch.zeros_like(a), "strong": torch.full_like(a, -30),
-         "mixed": torch.where(a > -0.5, 0.0, -30.0)}[decay]
-    got = outputs_and_gradients(ssd_kernel.ssd_triton, (q, k, v, a, S), torch.float32)
-    want = outputs_and_gradients(ssd_kernel.ssd_naive, (q, k, v, a, S), torch.float64)
-    for g, w in zip(got, want, strict=True):
-        # Of what e^-30 leaves, fp32 keeps nothing beside a 1: there the error counts by itself.
-        assert g.isfinite().all() and (rel(g, w) < 1e-5 or (g - w).abs().max() < 1e-6)
-    for backend in ("triton", "blocked"):
-        for x in orientation_gradients(orientation_loss, 70, torch.float32, a, backend=backend):
-            assert x.isfinite().all()
+# In fp32 a chunk of 16 resets adds up to 2,600 in base 2, where a running sum is off by 1.2e-4 at
+# the worst; where that many are reset little is left to be wrong. At 16 bits the inputs are.
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("value", RESETS)
+def test_a_decay_that_resets_is_exact_in_the_kernels_too(value, place):
+    q, k, v, a, S = (x.float() for x in inputs(1, 70, 2, 1, 16, 16))
+    a, packed_S = decays(a, value, place), torch.randn(1, 3, 2, 16, 16)
+    documents = torch.tensor([0, 1, 64, 70], device=DEVICE)
+    for dtype, cu, pieces in ((torch.float32, None, 2), (torch.float32, documents, 1),
+                              *((dtype, None, 1) for dtype in list(TOLERANCES)[1:])):
+        tensors = [x.to(dtype) for x in (q, k, v)] + [a, S if cu is None else packed_S]
+        got = outputs_and_gradients(ssd_kernel.ssd_triton, tensors, dtype, cu_seqlens=cu,
+                                    pieces=pieces)
+        want = outputs_and_gradients(ssd_recurrent, tensors, torch.float64, cu_seqlens=cu)
+        assert all_near(got, want, 1e-4 if dtype == torch.float32 else TOLERANCES[dtype])
+        assert not got[5][:, list(PLACES[place])].any()             # e^a is 0, so is its derivative
+    form = functools.partial(orientation_gradients, L=70, a=a)
+    got = form(orientation_loss, dtype=torch.float32, backend="triton")
+    want = form(orientation_loss_naive, dtype=torch.float64)
+    assert all_near(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("value", RESETS)
+def test_a_step_that_resets_leaves_nothing_of_what_was(value):
+    q, k, v, a, S = (x.float().to(DEVICE) for x in inputs(3, 1, 4, 4, 16, 16))
+    a, want = torch.full_like(a, value), k[:, 0, :, :, None] * v[:, 0, :, None]
+    for step in (ssd_kernel.ssd_step, ssd_kernel.step_triton):
+        y, after = step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], S)
+        assert torch.equal(after, want)
+        assert rel(y, (q * k).sum(-1, keepdim=True)[:, 0] * v[:, 0]) < 1e-6
 
 
 def orientation_gradients(form, L, dtype, a=None, H=4, G=2, G_t=2, N=16, N_t=32, **more):
@@ -1941,25 +2084,30 @@ def test_stage_1_asks_every_mixer_for_the_same_distance(name):
 
 
 # Every exponent is of a number <= 0, so fp32 loses what it always loses, 6e-8 a step.
-@pytest.mark.parametrize("decay", ["none", "strong", "mixed"])
-def test_no_decay_makes_the_new_forms_overflow(decay):
-    q, k, v, a, S = inputs(L=130, H=2, G=2, N=8, P=6, dtype=torch.float32)
-    k, b = torch.nn.functional.normalize(k, dim=-1), torch.rand(2, 130, 2)
-    scale = {"none": 0.0, "strong": -30.0, "mixed": -30.0}[decay]
-    a, wide_a = torch.full_like(a, scale), torch.full_like(k, scale)
-    if decay == "mixed":
-        a[:, ::2], wide_a[..., ::2] = 0, 0
+@pytest.mark.parametrize("place", ["edges", "most", "all"])
+@pytest.mark.parametrize("value", [0.0, -30.0, *RESETS])
+def test_no_decay_is_too_much_for_the_new_forms(value, place):
+    q, k, v, a, S = inputs(1, 70, H=2, G=2, N=8, P=6, dtype=torch.float32)
+    k, b = torch.nn.functional.normalize(k, dim=-1), torch.rand(1, 70, 2)
+    a, wide_a = decays(a, value, place), decays(-torch.rand_like(k), value, place)
+    wide_a[..., ::2] = -0.1                     # some channels go on
     for form, step, operands in (
-            (ssd_kernel.channel_chunked, ssd_kernel.channel_step, (q, k, v, wide_a)),
-            (ssd_kernel.delta_rule, ssd_kernel.delta_step, (q, k, v, a, b))):
-        want, S_t = [], S.double()
-        for t in range(130):
-            y_t, S_t = step(*(x[:, t].double() for x in operands), S_t)
-            want.append(y_t)
-        leaves = [x.clone().requires_grad_() for x in operands]
-        y, last = form(*leaves, initial_state=S, return_final_state=True)
-        assert rel(y, torch.stack(want, 1)) < 1e-5 and rel(last, S_t) < 1e-5
-        assert all(x.isfinite().all() for x in torch.autograd.grad(y.sum(), leaves))
+            (ssd_kernel.channel_chunked, ssd_kernel.channel_step, (q, k, v, wide_a, S)),
+            (ssd_kernel.delta_rule, ssd_kernel.delta_step, (q, k, v, a, b, S))):
+        def by_steps(*tensors, step=step):
+            *tensors, S = tensors
+            y = []
+            for t in range(70):
+                y_t, S = step(*(x[:, t] for x in tensors), S)
+                y.append(y_t)
+            return torch.stack(y, 1), S
+
+        want = results_and_gradients(by_steps, operands, torch.float64)
+        got = results_and_gradients(functools.partial(form, return_final_state=True), operands)
+        for g, w in zip(got, want, strict=True):
+            # Of what e^-30 leaves, fp32 keeps nothing beside a 1: the error counts by itself.
+            small = value == -30 and (g - w).abs().max() < 1e-5
+            assert small or (rel(g, w) < 1e-5 if w.any() else not g.any())
 
 
 @pytest.mark.parametrize("i, f", [(0, 0), (300, 0), (-300, 0), (0, -300), (0, 300), (300, -300)])
@@ -1978,6 +2126,23 @@ def test_mlstms_stabiliser_holds_any_gates(i, f):
     # mean of v, or less, down to nothing.
     assert (y - torch.cat(want, 1)).abs().max() < 1e-4 * v.abs().max()
     assert all(x.isfinite().all() for x in torch.autograd.grad(y.sum(), leaves))
+
+
+@pytest.mark.parametrize("place", ["first", "edges", "most"])
+@pytest.mark.parametrize("value", RESETS)
+def test_a_forget_gate_that_is_shut_resets_mlstm(value, place):
+    q, k, v, f, _ = inputs(1, 70, H=2, G=2, N=4, P=6, dtype=torch.float32)
+    q, k, i = q.abs(), k.abs(), 3 * f.flip(1)                   # |q n| far from 0, as above
+    tensors = q, k, v, decays(f, value, place), i
+
+    def by_definition(q, k, v, f, i):
+        ones = torch.nn.functional.pad(v, (0, 1), value=1.0)
+        y = ssd_recurrent(q, k * i.exp()[..., None], ones, f)
+        return y[..., :-1] / y[..., -1:].abs().clamp_min(1)
+
+    mixer = random_mixer("mlstm", dtype=torch.float32)
+    want = results_and_gradients(by_definition, tensors, torch.float64)
+    assert all_near(results_and_gradients(lambda *x: mixer.mix(x)[0], tensors), want, 1e-4)
 
 
 @pytest.mark.parametrize("name", list(model_ssm.MIXERS)[1:])
@@ -2007,6 +2172,24 @@ def test_every_mixer_computes_in_bf16_and_keeps_its_state_in_fp32(name):
     assert rel(y, want) < (0.2 if name == "mlstm" else 0.03) and y.dtype == step.dtype
     assert rel(step, y[:, :1]) < 0.03
     assert all(S.dtype == torch.float32 for S in (*state, *after))
+
+
+@pytest.mark.parametrize("L", [1, 32, 33])
+@pytest.mark.parametrize("name", model_ssm.MIXERS)
+def test_what_a_mixer_mixes_does_not_depend_on_autocast_nor_its_length(name, L):
+    mixer = random_mixer(name, dtype=torch.float32)
+    *operands, _, _ = mixer.project(torch.randn(2, L, 16))
+    state = [x + 0.1 for x in mixer.initial_state(2)[1:]]
+
+    def form(*operands):
+        return mixer.mix(operands, *state)[:2]
+
+    operands = [x.detach() for x in operands]
+    want = [x.detach() for x in form(*operands)]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = form(*operands)
+    assert all(x.dtype == torch.float32 and torch.equal(x, y)
+               for x, y in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("name", list(model_ssm.MIXERS)[1:])
