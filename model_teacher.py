@@ -51,6 +51,7 @@ from ssd_kernel import per_head
 
 FAMILIES = ("phi", "llama", "mistral", "qwen2", "qwen3")
 TINY = Path("out/tiny-teacher")
+TINY_BATCH, TINY_CONTEXT = 8, 256       # it learns from so many windows at once, of so many tokens
 FILLER = "The grass is green. The sky is blue. The sun is yellow. There and back again. "
 caught = {}             # q, k and scale of the attention call that ran last
 
@@ -399,7 +400,7 @@ def retrieval(model, texts, device):
 # the tiny teacher
 
 def train_tiny(data, tokenizer, log, tokens, device="cpu", autocast=contextlib.nullcontext,
-               folder=TINY, lr=3e-3, batch=8, context=256, seed=0):
+               folder=TINY, lr=3e-3, batch=TINY_BATCH, context=TINY_CONTEXT, seed=0):
     """Train a Phi of about two million parameters on `data` and save it as a Hugging Face folder.
 
     Next-token loss, AdamW (0.9, 0.95), weight decay 0.1, 5% warm-up, then linearly down to zero.

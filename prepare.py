@@ -26,6 +26,7 @@ import functools
 import gzip
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -50,19 +51,6 @@ BATCH = 2**20           # characters tokenised at once
 SAVE_SECONDS = 5        # between two saves: what a kill can cost, and what memory holds
 HELD_OUT = 0.04         # share of the tokens that go to val.bin
 HELD_OUT_MOST = 2**22   # and its largest size
-
-
-def count(text):
-    """A number of tokens as people write it.
-
-    >>> count("3e9"), count("2**15"), count("4096")
-    (3000000000, 32768, 4096)
-    """
-    base, _, power = str(text).partition("**")
-    value = float(base) ** int(power or 1)
-    if value != int(value) or value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of tokens")
-    return int(value)
 
 
 # -----------------------------------------------------------------------------
@@ -304,7 +292,7 @@ def unfinished(folder, recipe):
             raise UsageError(f"{folder} exists already: delete it to prepare it again, "
                              "or choose another --out")
         if note.exists():
-            meta = json.loads(note.read_text())
+            meta = json.loads(note.read_text("utf-8"))
         else:
             shutil.rmtree(partial, ignore_errors=True)
         for key, want in recipe.items():
@@ -315,7 +303,8 @@ def unfinished(folder, recipe):
             yield partial, meta
         except BaseException as error:
             said = error
-            if isinstance(error, OSError):      # in writing: what fails to be read is a UsageError
+            # In writing: what fails to be read is a UsageError, and a pipe is our own output.
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
                 said = UsageError(f"cannot write to {folder}: {first_line(error)}")
             if note.exists():
                 said.args = (f"{said}; what is prepared is kept in {partial}, "
@@ -360,7 +349,7 @@ def save(partial, meta, unsaved):
         if pieces:
             append(partial, split, np.concatenate(pieces), meta[split])
             pieces.clear()
-    with open(partial / "meta.tmp", "w") as file:
+    with open(partial / "meta.tmp", "w", encoding="utf-8") as file:
         file.write(json.dumps(meta, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -417,7 +406,7 @@ class Tokens:
         folder = Path(folder)
         if not (folder / "meta.json").is_file():
             raise UsageError(f"no prepared data in {folder} (no meta.json): run prepare.py")
-        self.meta = json.loads((folder / "meta.json").read_text())
+        self.meta = json.loads((folder / "meta.json").read_text("utf-8"))
         if "place" in self.meta:
             raise UsageError(f"{folder} is unfinished: run prepare.py again as before")
         dtype, self.shards = np.dtype(self.meta["dtype"]), []
@@ -536,6 +525,44 @@ def load_or_prepare(source, tokenizer, config=None, tokens=None):
 # -----------------------------------------------------------------------------
 # the command line, here and in distill.py and eval.py
 
+def count(text, least=0):
+    """A whole number as people write it.
+
+    >>> count("3e9"), count("2**15"), count("4096")
+    (3000000000, 32768, 4096)
+    """
+    base, _, power = str(text).partition("**")
+    try:
+        value = float(base) ** int(power or 1)
+    except ArithmeticError:
+        value = math.inf
+    if not least <= value < 2**63 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} on")
+    return int(value)
+
+
+def at_least_one(text):
+    return count(text, least=1)
+
+
+def not_negative(text, most=1e38):
+    """A number, and of a size that fp32 has: nan would pass every comparison."""
+    value = float(text)
+    if not 0 <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to {most}")
+    return value
+
+
+def positive(text):
+    if not (value := not_negative(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def fraction(text):
+    return not_negative(text, most=1)
+
+
 class Parser(argparse.ArgumentParser):
     """-h shows the header of the file, as typed; a wrong flag is one line, as every mistake is."""
 
@@ -548,16 +575,37 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_program(main):
-    """main(), where what the user can mend is one line and exit code 2."""
+    """main(), where what the user can mend is one line and exit code 2.
+
+    A terminal that has no such character shows a question mark. Where nobody reads on, as behind
+    `| head`, the program ends as others do, with 128 + SIGPIPE and no word.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):       # None: closed by `>&-`
+        stream.reconfigure(errors="replace")
+    try:
+        try:
+            code = run_main(main)
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:
+        for stream in (1, 2):               # both are flushed once more when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
+
+
+def run_main(main):
+    """-> the exit code"""
     try:
         main()
     except UsageError as error:
         if os.environ.get("RANK", "0") == "0":          # of several processes one says it
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt as stop:
         print(f"\nstopped{stop or '; what was saved is kept'}", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0
 
 
 def parse(arguments=None):
@@ -566,8 +614,8 @@ def parse(arguments=None):
     add("--data", default="stdlib", help="stdlib, a file or folder, or a Hugging Face id [stdlib]")
     add("--config", help="which part of a Hugging Face data set, such as en for C4")
     add("--teacher", default="tiny", help="whose tokenizer to use [%(default)s]")
-    add("--tokens", type=count, help="stop after this many training tokens [all there are]")
-    add("--processes", type=int, help="that tokenise [one a core, at most 8; for bytes 1]")
+    add("--tokens", type=at_least_one, help="stop after this many training tokens [all there are]")
+    add("--processes", type=at_least_one, help="that tokenise [one a core, at most 8; for bytes 1]")
     add("--out", help="folder to write [data/<data>-<tokenizer>]")
     return parser.parse_args(arguments)
 

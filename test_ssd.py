@@ -11,12 +11,14 @@ share of the signal.
 Where there is no GPU, Triton kernels run in its interpreter, in fp32 and fp16 (bf16 products come
 out wrong there), and are compiled ahead of time for the GPUs they are meant for.
 """
+import ast
 import concurrent.futures
 import doctest
 import functools
 import gzip
 import importlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -1612,6 +1614,19 @@ def test_accumulating_is_the_same_as_one_large_batch(data_folder):
     assert students[0][1] == pytest.approx(students[1][1], rel=1e-5)
 
 
+def test_clip_0_is_no_clipping(data_folder):
+    ends = {}
+    for clip in ("0", "1e30", "1e-3"):
+        teacher, scratch = random_teacher(), Scratch("--clip", clip, stage=2)
+        torch.manual_seed(0)
+        student = SSM.from_teacher(teacher)
+        distill.train("test", *distill.STAGES[2], student, teacher, Tokens(data_folder), 0,
+                      scratch, scratch.plan)
+        assert min(event["gnorm"] for event in scratch.events) > 1e-2       # so 1e-3 does clip
+        ends[clip] = [event["loss"] for event in scratch.events]
+    assert ends["0"] == ends["1e30"] != ends["1e-3"]
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run_before_a_weight_changes(data_folder):
     teacher = random_teacher()
     student, scratch = SSM.from_teacher(teacher), Scratch(stage=3)
@@ -3142,6 +3157,47 @@ MISTAKES = {
     "--teacher nothing.gguf": "no such file",
     "--teacher microsoft/phi-1_5": "--preset tiny",
     "--data allenai/c4 --config en": "--preset tiny",
+    "--lr 0": "--lr: 0 is not above 0",
+    "--lr 1e-3 nan 1e-3": "--lr: nan is not a number from 0",
+    "--lr inf": "--lr: inf is not",
+    "--control_lr 0": "not above 0",
+    "--warmup -0.1": "not a number from 0 to 1",
+    "--warmup nan": "not a number from 0 to 1",
+    "--decay 1.5": "not a number from 0 to 1",
+    "--warmup 0.4 --decay 0.7": "--warmup 0.4 and --decay 0.7 are more than the whole run",
+    "--betas 0.9 1": "--betas of 1 never forget",
+    "--betas -0.5 0.9": "not a number from 0 to 1",
+    "--weight_decay -0.1": "not a number from 0",
+    "--weight_decay nan": "not a number from 0",
+    "--clip -1": "not a number from 0",
+    "--clip nan": "not a number from 0",
+    "--hard_weight nan": "not a number from 0",
+    "--temperature 0": "not above 0",
+    "--temperature inf": "not a number from 0",
+    "--temperature 1e300": "not a number from 0",
+    "--context 0": "not a whole number from 1 on",
+    "--context 1": "in windows of one token",
+    "--micro_batch 0": "not a whole number from 1 on",
+    "--micro_batch -4": "not a whole number from 1 on",
+    "--eval_tokens 0": "not a whole number from 1 on",
+    "--tokens inf": "not a whole number from 0 on",
+    "--tokens 2**9999": "not a whole number from 0 on",
+    "--tokens 0**-1": "not a whole number from 0 on",
+    "--batch 0": "--batch 0 is not a whole number of windows",
+    "--seed -1": "not a whole number from 0 on",
+    "--seed 2**64": "not a whole number from 0 on",
+    "--seeds 1 2 1": "--seeds 1 2 1: one of them comes twice",
+    "--seeds -1": "not a whole number from 0 on",
+    "--save_minutes nan": "not a number from 0",
+    "--save_minutes -1": "not a number from 0",
+    "--teacher_tokens 2047": "--teacher_tokens 2,047: one update takes 2,048",
+    "--n_layer -1": "not a whole number from 0 on",
+    "--objective mha --relation_heads 0": "not a whole number from 1 on",
+    "--plan --world 0": "not a whole number from 1 on",
+    "--plan --mfu 0": "--mfu 0 would take forever",
+    "--plan --mfu 40": "not a number from 0 to 1",
+    "--plan --n_layer 0": "--n_layer 0: the teacher has 3 layers",
+    "--plan --n_layer 9": "--n_layer 9: the teacher has 3 layers",
 }
 
 
@@ -3178,6 +3234,80 @@ def test_data_in_the_tokens_of_another_tokenizer_is_refused(tmp_path, teacher_fo
     with pytest.raises(UsageError, match="128,256-word vocabulary, but the teacher reads"):
         distill.main(flags(tmp_path / "run", teacher_folder, tmp_path,
                            "--stage", "3", "--tokens", "512"))
+
+
+@pytest.mark.parametrize("mistake", [
+    "--tokens 0", "--tokens -1", "--tokens inf", "--tokens nan", "--processes 0", "--processes -2",
+    "--processes 1.5"])
+def test_a_number_that_prepare_cannot_mean_is_one_line(mistake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is not a whole number from 1 on") as error:
+        prepare.main(["--data", "stdlib", *mistake.split()])
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mistake, complaint", [
+    ("--temperature nan", "greedy"), ("--temperature inf", "greedy"), ("--seed -1", "from 0 on"),
+    ("--seed 2**64", "from 0 on"), ("--context inf", "from 1 on"), ("--top_k 0", "from 1 on"),
+    ("--eval_tokens -5", "from 1 on"), ("--limit nan", "from 1 on"), ("--length 0", "from 1 on")])
+def test_a_number_that_eval_cannot_mean_is_one_line(mistake, complaint):
+    with pytest.raises(UsageError, match=complaint) as error:
+        evaluation.parse(["run", *mistake.split()])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
+def test_a_terminal_that_lacks_a_character_shows_another(monkeypatch, encoding):
+    screens = {}
+    for name in ("stdout", "stderr"):
+        screens[name] = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict")
+        monkeypatch.setattr(sys, name, screens[name])
+
+    def main():
+        print("日本語 | plain")
+        raise UsageError("no such file: 日.txt")
+    with pytest.raises(SystemExit, match="2"):
+        prepare.run_program(main)
+    for screen in screens.values():
+        screen.flush()
+    assert screens["stdout"].buffer.getvalue() == b"??? | plain\n"
+    assert screens["stderr"].buffer.getvalue() == b"error: no such file: ?.txt\n"
+
+
+@pytest.mark.parametrize("command, broken", [
+    ("prepare.py", "stdout"), ("distill.py --plan --preset phi", "stdout"),
+    ("prepare.py --data ./nowhere", "stderr")])
+def test_where_nobody_reads_on_a_program_ends_without_a_word(tmp_path, command, broken):
+    program, *rest = command.split()
+    ours, theirs = os.pipe()
+    os.close(ours)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {broken: theirs}
+    done = subprocess.run([sys.executable, str(HERE / program), *rest], cwd=tmp_path, **streams)
+    os.close(theirs)
+    assert done.returncode == 128 + signal.SIGPIPE
+    # of a progress bar only: each of its states begins with a carriage return
+    assert not re.search(rb"^(?!\r)[^\r]", done.stderr or b"", re.M), done.stderr
+
+
+def test_a_file_has_the_same_bytes_wherever_it_is_written():
+    """Text is read and written with an encoding that is said: UTF-8."""
+    missing = []
+    for path in HERE.glob("*.py"):
+        if path.name.startswith("test_"):
+            continue
+        for call in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+            said = [x.value for x in ast.walk(call) if isinstance(x, ast.Constant)]
+            binary = any(isinstance(x, str) and re.fullmatch("[rwax+]*b[rwax+]*", x) for x in said)
+            method = isinstance(call.func, ast.Attribute) and name == "open"    # gzip's, os's
+            if name in ("open", "read_text", "write_text") and not (
+                    "utf-8" in said or binary or method):
+                missing.append(f"{path.name} line {call.lineno}")
+            if any(k.arg == "text" and name == "run" for k in call.keywords):
+                missing.append(f"{path.name} line {call.lineno}")
+    assert missing == []
 
 
 def test_a_mistake_on_the_command_line_exits_with_2_and_one_line(tmp_path):
