@@ -91,6 +91,7 @@ from prepare import (
     not_negative,
     positive,
     run_program,
+    source_of_text,
 )
 from ssd_kernel import ssd_path
 
@@ -1452,7 +1453,8 @@ def parse(arguments=None):
     add("--stage", type=int, nargs="+", help="stages to run [1 2 3; with --objective 2 3]")
     # what
     add("--teacher", help="a Hugging Face id or folder, a .gguf file, smollm2, or tiny")
-    add("--data", help="stdlib, a file or folder of text, JSONL or Parquet, or a Hugging Face id")
+    add("--data", type=source_of_text, help="stdlib, a file or folder of text, JSONL or Parquet, "
+        "or a Hugging Face id")
     add("--stream", action="store_true", help="read the data as it comes, with nothing on disk")
     add("--config", help="which part of a Hugging Face data set")
     add("--recipe", choices=RECIPES, help="the paper's, or what the field learned since "
@@ -1534,6 +1536,8 @@ def parse(arguments=None):
     args.stage = args.stage or ([2, 3] if args.objective else [1, 2, 3])
     preset, own = PRESETS[args.preset], {x: getattr(args, x) for x in ("tokens", "batch", "lr")}
     preset = {"warmup": 0.1} | preset | RECIPES[args.recipe or preset["recipe"]]
+    if args.data not in (None, preset["data"]):
+        preset["config"] = None             # a part of the preset's own data set
     if args.mixer != "mamba2" and preset["init"] == "fit":
         preset["init"] = "qkv"              # what is fitted is that one's matrix
     for name, value in preset.items():

@@ -57,7 +57,7 @@ import distill
 from distill import blocks, choose_device, copy_of_teacher, matrices, open_data
 from model_ssm import SSM, UsageError, ask_hub, captured, first_line, read_config, sources
 from model_teacher import Teacher, Tokenizer, architecture, compare, find, pass_keys, retrieval
-from prepare import Parser, at_least_one, count, run_program
+from prepare import Parser, at_least_one, count, run_program, source_of_text
 
 
 def open_run(path, stage=None):
@@ -70,7 +70,7 @@ def open_run(path, stage=None):
     if not (run / "run.json").is_file():
         hub_id = len(path.parts) == 2 and not path.parent.exists()
         if hub_id or (path / "config.json").is_file():
-            as_if = vars(distill.parse(["--preset", "phi", "--data", "stdlib"])) | {"config": None}
+            as_if = vars(distill.parse(["--preset", "phi", "--data", "stdlib"]))
             return {"arguments": as_if, "teacher": as_if["teacher"], "data": "stdlib"}, path, path
         raise UsageError(f"{path} is not a run of distill.py: there is no run.json")
     stages = sorted(run.glob("stage[123]"))
@@ -892,8 +892,8 @@ def parse(arguments=None):
     add("--teacher", help="another name for the run's teacher, if it has moved")
     add("--context", type=at_least_one, help="tokens per window [as in training]")
     add("--eval_tokens", type=at_least_one, help="held-out tokens to read [as in training]")
-    add("--data", help="another text to read: as for distill.py, a hub data set as a stream "
-        "[the run's; without a run stdlib]")
+    add("--data", type=source_of_text, help="another text to read: as for distill.py, a hub data "
+        "set as a stream [the run's; without a run stdlib]")
     add("--config", help="which part of a Hugging Face data set")
     # instead of the tables
     add("--prompt", help="both models go on from this [after the tables: 'def ']")

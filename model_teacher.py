@@ -24,6 +24,7 @@ import hashlib
 import importlib.util
 import json
 import random
+import re
 import time
 from pathlib import Path
 
@@ -444,6 +445,8 @@ def train_tiny(data, tokenizer, log, tokens, device="cpu", autocast=contextlib.n
 # whose tokens
 
 END_OF_TEXT = "<|endoftext|>"
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+BLANK = 2**16           # in runs of white space of some eight times this length tiktoken panics
 PROBE = ("def f(x):\n    return 'naïve' + str(3.14)\t# The  quick — brown fox\n\n"
          + END_OF_TEXT[:5])
 
@@ -489,7 +492,8 @@ class Tokenizer:
     def encode_batch(self, texts):
         # Text that spells a special token is text, not a command: splitting it keeps data from
         # ending documents.
-        if self.tiktoken:
+        texts = [without_surrogates(text) for text in texts]
+        if self.tiktoken and not (self.hf and any(map(has_long_blank, texts))):
             return self.tiktoken.encode_ordinary_batch(texts, num_threads=self.threads)
         return self.hf(texts, add_special_tokens=False, split_special_tokens=True,
                        return_attention_mask=False, verbose=False)["input_ids"]
@@ -512,6 +516,21 @@ class Tokenizer:
         if self.hf is None:
             return self.tiktoken.decode(ids)
         return self.hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def without_surrogates(text):
+    """U+FFFD in place of each half of a pair that stands alone: Rust takes no such text"""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return SURROGATE.sub("\ufffd", text)
+    return text
+
+
+def has_long_blank(text):
+    """Is there a run of white space of 2 BLANK characters? Then BLANK of them, from a multiple of
+    BLANK on, are white space too."""
+    return any(text[i:i + BLANK].isspace() for i in range(0, len(text) - BLANK + 1, BLANK))
 
 
 def byte_encoding():
