@@ -70,6 +70,8 @@ from tqdm import tqdm
 from model_ssm import MIXERS, SSM, Config, UsageError, sources
 from model_teacher import (
     TINY,
+    TINY_BATCH,
+    TINY_CONTEXT,
     Teacher,
     Tokenizer,
     architecture,
@@ -78,7 +80,19 @@ from model_teacher import (
     retrieval,
     train_tiny,
 )
-from prepare import Parser, Stream, Tokens, count, load_or_prepare, run_program
+from prepare import (
+    Parser,
+    Stream,
+    Tokens,
+    at_least_one,
+    count,
+    fraction,
+    load_or_prepare,
+    not_negative,
+    positive,
+    run_program,
+    source_of_text,
+)
 from ssd_kernel import ssd_path
 
 LOGITS_AT_ONCE = 2**26      # entries of a (tokens, V) map that stage 3 makes at once, in fp32
@@ -210,7 +224,8 @@ def train(name, losses, moves, student, teacher, data, at, run, plan):
                 for loss, left in ask(tokens):
                     (loss / accumulate).backward()
                     answers.append(torch.stack([loss.detach(), left]))
-        gnorm = whole(torch.nn.utils.clip_grad_norm_(learn.values(), args.clip)).item()
+        most = args.clip or math.inf                    # 0 is no clipping, as elsewhere
+        gnorm = whole(torch.nn.utils.clip_grad_norm_(learn.values(), most)).item()
         due = step + 1 == steps or time.perf_counter() - saved > 60 * args.save_minutes
         loss, left, due, stop = run.mean([*torch.stack(answers).mean(0), due, bool(run.stop)])
         if not math.isfinite(loss + gnorm):
@@ -413,8 +428,8 @@ class Run:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "log.jsonl"
-        old = path.read_text().splitlines(keepends=True) if path.exists() else []
-        self.file = open(path, "w")
+        old = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+        self.file = open(path, "w", encoding="utf-8")
         for line in old:
             if line.endswith("\n"):                 # a kill may have cut the last one
                 event = json.loads(line)
@@ -429,8 +444,8 @@ class Run:
 
     def describe(self, teacher, data):
         try:
-            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                                    cwd=Path(__file__).parent).stdout.strip()
+            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True,
+                                    cwd=Path(__file__).parent).stdout.decode("ascii").strip()
         except OSError:                                 # no git on this machine
             commit = ""
         plans = {stage: vars(plan) for stage, plan in self.args.plans.items()}
@@ -440,7 +455,7 @@ class Run:
                  "machine": platform.processor() or platform.machine(),
                  "versions": {"python": platform.python_version(), "torch": torch.__version__,
                               "transformers": transformers.__version__}}
-        (self.folder / "run.json").write_text(json.dumps(about, indent=1) + "\n")
+        (self.folder / "run.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
 
 
 @contextlib.contextmanager
@@ -482,7 +497,7 @@ class Saved:
         self.recipe, path = json.loads(json.dumps(recipe)), self.folder / "run.json"
         if fresh or not path.exists():
             return
-        about = json.loads(path.read_text())
+        about = json.loads(path.read_text("utf-8"))
         was, now = about["recipe"], self.recipe
         changed = [f"{key} was {was.get(key)}, is {now.get(key)}"
                    for key in was | now if was.get(key) != now.get(key)]
@@ -499,7 +514,7 @@ class Saved:
         if self.rank == 0:
             about = {"recipe": self.recipe, "finished": self.finished, "rows": self.rows}
             partial = self.folder / ".run.json"
-            partial.write_text(json.dumps(about, indent=1) + "\n")
+            partial.write_text(json.dumps(about, indent=1) + "\n", "utf-8")
             partial.replace(self.folder / "run.json")
             for state in self.states(f"stage {stage}"):     # its model folder is what counts now
                 state.unlink()
@@ -597,7 +612,7 @@ def join(device):
                                 timeout=datetime.timedelta(hours=2))
         atexit.register(dist.destroy_process_group)
     if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")          # the first speaks for all
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")    # the first speaks for all
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -818,7 +833,8 @@ def shapes_from(args):
     UsageError where the teacher has what a student cannot have.
     """
     hf = architecture(args.teacher)
-    n_layer = args.n_layer or hf.num_hidden_layers
+    n_layer = hf.num_hidden_layers if args.n_layer is None else args.n_layer
+    sources(n_layer, hf.num_hidden_layers)              # has it so many?
     return hf, Config(**Teacher.random(hf, "meta").shapes | {
         "n_layer": n_layer, "attn_layers": kept_attention(args, n_layer), "mixer": args.mixer})
 
@@ -840,7 +856,7 @@ def layer_numbers(asked, n_layer):
 
 
 def read_about(folder):
-    return json.loads((folder / "config.json").read_text()).get("about", {})
+    return json.loads((folder / "config.json").read_text("utf-8")).get("about", {})
 
 
 def main(arguments=None):
@@ -1003,7 +1019,7 @@ def report(run, rows):
         spent = f"{row['tokens']:13,} | {row['seconds']:7.0f}" if "tokens" in row else f"{'':13} | "
         table.append(f"| {name:<12} | {row['loss']:8.4f} | {math.exp(min(row['loss'], 20)):6.2f} | "
                      f"{row['kl']:6.4f} | {row['top1']:6.1%} | {spent:<23} |")
-    (run.folder / "report.md").write_text("\n".join(table) + "\n")
+    (run.folder / "report.md").write_text("\n".join(table) + "\n", "utf-8")
     print("\n" + "\n".join(table))
     print("\nval loss and KL to the teacher in nats per held-out token; tokens and seconds count "
           f"from the copy on; peak memory {run.memory() / 1e9:.1f} GB\n"
@@ -1384,8 +1400,9 @@ def study(args, arguments):
             if not row.exists():
                 print(f"\ncell {number} of {len(runs)} | {name} | seed {seed}")
                 main(flags)
-                row.write_text(json.dumps({"flags": flags} | row_of(folder, parse(flags))) + "\n")
-            elif (was := json.loads(row.read_text())["flags"]) != flags:
+                about = {"flags": flags} | row_of(folder, parse(flags))
+                row.write_text(json.dumps(about) + "\n", "utf-8")
+            elif (was := json.loads(row.read_text("utf-8"))["flags"]) != flags:
                 raise UsageError(f"{folder} was finished as {shlex.join(was)}, not as "
                                  f"{shlex.join(flags)}: give that command, or remove the folder")
     elsewhere = [name for _, name, folder, _ in runs if not (folder / "row.json").exists()]
@@ -1421,7 +1438,7 @@ def tabulate(args, cells, arguments):
     lines = [f"| {args.study} | val loss | KL | top-1 | key | parameters | state, bytes per layer "
              "| seconds |", "|---" * 8 + "|"]
     for name in cells:
-        rows = [json.loads((cell_folder(args, name, seed) / "row.json").read_text())
+        rows = [json.loads((cell_folder(args, name, seed) / "row.json").read_text("utf-8"))
                 for seed in args.seeds]
 
         def cell(key, form, rows=rows):
@@ -1436,8 +1453,9 @@ def tabulate(args, cells, arguments):
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join([f"`python distill.py {shlex.join(arguments)}`, seeds "
                                f"{', '.join(map(str, args.seeds))}; torch {torch.__version__}, "
-                               f"{platform.processor() or platform.machine()}", "", *lines]) + "\n")
-    print("\n" + path.read_text() + f"\nsaved {path}")
+                               f"{platform.processor() or platform.machine()}", "", *lines]) + "\n",
+                    "utf-8")
+    print("\n" + path.read_text("utf-8") + f"\nsaved {path}")
 
 
 # -----------------------------------------------------------------------------
@@ -1451,7 +1469,8 @@ def parse(arguments=None):
     add("--stage", type=int, nargs="+", help="stages to run [1 2 3; with --objective 2 3]")
     # what
     add("--teacher", help="a Hugging Face id or folder, a .gguf file, smollm2, or tiny")
-    add("--data", help="stdlib, a file or folder of text, JSONL or Parquet, or a Hugging Face id")
+    add("--data", type=source_of_text, help="stdlib, a file or folder of text, JSONL or Parquet, "
+        "or a Hugging Face id")
     add("--stream", action="store_true", help="read the data as it comes, with nothing on disk")
     add("--config", help="which part of a Hugging Face data set")
     add("--recipe", choices=RECIPES, help="the paper's, or what the field learned since "
@@ -1468,25 +1487,26 @@ def parse(arguments=None):
     add("--tokens", type=count, nargs="+", help="budget; one for all is split as the "
         "recipe's [the preset's]")
     add("--batch", type=count, nargs="+", help="tokens per update [the preset's]")
-    add("--lr", type=float, nargs="+", help="peak learning rate [the preset's]")
+    add("--lr", type=positive, nargs="+", help="peak learning rate [the preset's]")
     # how
     add("--loss", choices=("kl", "ce"), default="kl", help="of stage 3; same gradient [kl]")
-    add("--temperature", type=float, default=1.0, help="of both models' predictions in "
+    add("--temperature", type=positive, default=1.0, help="of both models' predictions in "
         "stage 3 [1]")
-    add("--hard_weight", type=float, default=0.0, help="of the next-token loss beside "
+    add("--hard_weight", type=not_negative, default=0.0, help="of the next-token loss beside "
         "stage 3's [0]")
     add("--train", choices=("paper", "mixer"), default="paper",
         help="what learns: as the paper's stages, or the mixers only, in stage 3 too [paper]")
-    add("--context", type=int, help="tokens per window [the preset's]")
-    add("--micro_batch", type=int, help="windows at once; the rest of a batch is "
+    add("--context", type=at_least_one, help="tokens per window [the preset's]")
+    add("--micro_batch", type=at_least_one, help="windows at once; the rest of a batch is "
         "accumulated [the preset's]")
-    add("--warmup", type=float, help="share of the steps in which the learning "
+    add("--warmup", type=fraction, help="share of the steps in which the learning "
         "rate rises [0.1]")
-    add("--decay", type=float, help="share of the steps in which it falls [the "
+    add("--decay", type=fraction, help="share of the steps in which it falls [the "
         "recipe's]")
-    add("--betas", type=float, nargs=2, default=(0.9, 0.95), help="AdamW's [0.9 0.95]")
-    add("--weight_decay", type=float, default=0.1, help="of matrices [%(default)s]")
-    add("--clip", type=float, default=1.0, help="largest gradient norm [%(default)s]")
+    add("--betas", type=fraction, nargs=2, default=(0.9, 0.95), help="AdamW's [0.9 0.95]")
+    add("--weight_decay", type=not_negative, default=0.1, help="of matrices [%(default)s]")
+    add("--clip", type=not_negative, default=1.0, help="largest gradient norm, 0: of any size "
+        "[%(default)s]")
     add("--recompute", action="store_true",
         help="keep one activation a layer for the backward and compute the others again")
     add("--fp32", action="store_true", help="also where bf16 would be as good and faster")
@@ -1494,32 +1514,35 @@ def parse(arguments=None):
     add("--fsdp", action="store_true", help="under torchrun, shard both models (else DDP)")
     add("--optimizer", choices=("adamw", "adamw8bit"), default="adamw",
         help="of 8 bits: 2 bytes a parameter instead of 8, needs torchao [%(default)s]")
-    add("--save_minutes", type=float, default=10, help="between two states to go on from [10]")
+    add("--save_minutes", type=not_negative, default=10, help="between two states to go on from "
+        "[10]")
     add("--fresh", action="store_true", help="start over, where an unfinished run lies")
-    add("--seed", type=int, default=0, help="of new weights and of data order [%(default)s]")
+    add("--seed", type=count, default=0, help="of new weights and of data order [%(default)s]")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"),
         help="to compute on [%(default)s]")
     # the studies
-    add("--n_layer", type=int, help="a student of fewer layers [the teacher's]")
+    add("--n_layer", type=count, help="a student of fewer layers [the teacher's]")
     add("--objective", choices=OBJECTIVES, help="what stage 2 asks instead: the output "
         "distribution, hidden states, relations in q, k and v, or stage 1's matrices")
     add("--layer_map", choices=LAYER_MAPS, help="of hs [uniform]")
-    add("--relation_layer", type=int, help="of mha: the teacher's [the last but one]")
-    add("--relation_heads", type=int, help="of mha [one for 16 channels]")
+    add("--relation_layer", type=count, help="of mha: the teacher's [the last but one]")
+    add("--relation_heads", type=at_least_one, help="of mha [one for 16 channels]")
     add("--study", choices=STUDIES, help="run a grid of all this, and tabulate it in results/")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of a study [0 1 2]")
+    add("--seeds", type=count, nargs="+", default=[0, 1, 2], help="of a study [0 1 2]")
     # to compare with
-    add("--eval_tokens", type=count, help="held-out tokens to read [the preset's]")
+    add("--eval_tokens", type=at_least_one, help="held-out tokens to read [the preset's]")
     add("--plan", nargs="?", const="", metavar="GPU",
         help=f"print what it would cost on {', '.join(GPUS)} [this machine], and stop")
-    add("--world", type=int, default=int(os.environ.get("WORLD_SIZE", 1)),
+    add("--world", type=at_least_one, default=int(os.environ.get("WORLD_SIZE", 1)),
         help="how many GPUs to plan for [1]")
-    add("--mfu", type=float, default=0.4, help="share of their peak to plan with [%(default)s]")
+    add("--mfu", type=fraction, default=0.4, help="share of their peak to plan with [%(default)s]")
     add("--bench", action="store_true", help="time the stages on random tokens, and stop")
     add("--controls", action="store_true", help="also stage 3 alone, and no teacher at all")
-    add("--control_lr", type=float, help="their learning rate [the last stage's]")
+    add("--control_lr", type=positive, help="their learning rate [the last stage's]")
     add("--teacher_tokens", type=count, default=4 * 10**6, help="for the tiny one [%(default)s]")
     args = parser.parse_args(arguments)
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UsageError(f"--seeds {' '.join(map(str, args.seeds))}: one of them comes twice")
     if args.study:                          # each of its cells is a command of its own
         return args
 
@@ -1529,6 +1552,8 @@ def parse(arguments=None):
     args.stage = args.stage or ([2, 3] if args.objective else [1, 2, 3])
     preset, own = PRESETS[args.preset], {x: getattr(args, x) for x in ("tokens", "batch", "lr")}
     preset = {"warmup": 0.1} | preset | RECIPES[args.recipe or preset["recipe"]]
+    if args.data not in (None, preset["data"]):
+        preset["config"] = None             # a part of the preset's own data set
     if args.mixer != "mamba2" and preset["init"] == "fit":
         preset["init"] = "qkv"              # what is fitted is that one's matrix
     for name, value in preset.items():
@@ -1553,8 +1578,18 @@ def parse(arguments=None):
     if args.init in ("fit", "distance") and args.mixer != "mamba2":
         raise UsageError(f"--init {args.init} is for --mixer mamba2: choose mohawk, qkv, "
                          "conv or random")
-    if args.temperature <= 0 or args.hard_weight < 0:
-        raise UsageError("--temperature must be above 0, and --hard_weight not below it")
+    if args.warmup + args.decay > 1 + 1e-9:             # 0.7 + 0.3 may be a little more
+        raise UsageError(f"--warmup {args.warmup} and --decay {args.decay} are more than the whole "
+                         "run together: the learning rate would never be --lr")
+    if max(args.betas) == 1:
+        raise UsageError("--betas of 1 never forget: give less")
+    if args.mfu == 0:
+        raise UsageError("--mfu 0 would take forever: give more")
+    if args.context == 1:
+        raise UsageError("--context 1: in windows of one token no token follows another")
+    if args.teacher_tokens < TINY_BATCH * TINY_CONTEXT:
+        raise UsageError(f"--teacher_tokens {args.teacher_tokens:,}: one update takes "
+                         f"{TINY_BATCH * TINY_CONTEXT:,}")
     if not own["tokens"] or len(own["tokens"]) == 1:
         total = own["tokens"][0] if own["tokens"] else whole_run
         own["tokens"] = [round(total * share / sum(shares)) for share in shares]

@@ -61,7 +61,7 @@ from model_teacher import (
     pass_keys,
     retrieval,
 )
-from prepare import Parser, count, run_program
+from prepare import Parser, at_least_one, count, run_program, source_of_text
 
 
 def open_run(path, stage=None):
@@ -74,7 +74,7 @@ def open_run(path, stage=None):
     if not (run / "run.json").is_file():
         hub_id = len(path.parts) == 2 and not path.parent.exists()
         if hub_id or (path / "config.json").is_file():
-            as_if = vars(distill.parse(["--preset", "phi", "--data", "stdlib"])) | {"config": None}
+            as_if = vars(distill.parse(["--preset", "phi", "--data", "stdlib"]))
             return {"arguments": as_if, "teacher": as_if["teacher"], "data": "stdlib"}, path, path
         raise UsageError(f"{path} is not a run of distill.py: there is no run.json")
     stages = sorted(run.glob("stage[123]"))
@@ -89,7 +89,7 @@ def open_run(path, stage=None):
     if not chosen.is_dir():
         finished = ", ".join(s.name for s in stages) or "no finished stage"
         raise UsageError(f"there is no {chosen}: {run} has {finished}")
-    return json.loads((run / "run.json").read_text()), run, chosen
+    return json.loads((run / "run.json").read_text("utf-8")), run, chosen
 
 
 @torch.no_grad()
@@ -361,7 +361,7 @@ def task_files(names, include_path):
             raise UsageError(f"--include_path {include_path}: no such folder")
         for file in sorted(Path(include_path).rglob("*.yaml")):
             try:                    # the harness passes over what it cannot read, without a word
-                yaml.compose(file.read_text())
+                yaml.compose(file.read_text("utf-8"))
             except yaml.YAMLError as error:
                 raise UsageError(f"{file}: {' '.join(str(error).split())[:200]}") from error
         manager = TaskManager(include_path=include_path, include_defaults=False)
@@ -408,8 +408,9 @@ def memory(device, fresh=False):
     try:
         if fresh:
             gc.collect(), ctypes.CDLL(None).malloc_trim(0)      # what was freed does not count
-            Path("/proc/self/clear_refs").write_text("5")
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+            Path("/proc/self/clear_refs").write_bytes(b"5")
+        status = Path("/proc/self/status").read_bytes()
+        return 1024 * int(re.search(rb"VmHWM:\s+(\d+)", status)[1])
     except (OSError, AttributeError, TypeError):
         return math.nan
 
@@ -491,7 +492,7 @@ def speed(args):
         for context in sorted(args.contexts) for name, rows in found.items()
         for x in rows if x["context"] == context))
     if folder:
-        (folder / "speed.json").write_text(json.dumps({"title": title} | found) + "\n")
+        (folder / "speed.json").write_text(json.dumps({"title": title} | found) + "\n", "utf-8")
         if importlib.util.find_spec("matplotlib"):
             draw_speed(folder)
 
@@ -587,7 +588,7 @@ def draw_layers(path, title, found):
 
 def draw_speed(folder):
     """speed.json, of {model: rows of pace} and a title -> speed.png"""
-    found = json.loads((folder / "speed.json").read_text())
+    found = json.loads((folder / "speed.json").read_text("utf-8"))
     title = found.pop("title")
     draw_lines(folder / "speed.png", title, {name: (
         "tokens of context", unit,
@@ -626,7 +627,7 @@ def pictures(args, run, was, teacher, data, windows):
     draw_matrices(run / "differences.png", f"Student - teacher: {text}",
                   {name: [x - y for x, y in zip(ours, theirs, strict=True)]
                    for name, ours in found.items()}, heads, signed=True)
-    log = (run / "log.jsonl").read_text().splitlines()
+    log = (run / "log.jsonl").read_text("utf-8").splitlines()
     draw_losses(run / "loss.png", f"{run}: what each stage makes small", map(json.loads, log))
     draw_layers(run / "layers.png", f"{run}: distance to the teacher (silence: 100%)",
                 {name: layer_distances(student, teacher, windows[:16, :-1].to(device))
@@ -916,30 +917,32 @@ def export(student, folder, teacher, about, run):
     GenerationConfig(bos_token_id=for_transformers.bos_token_id, eos_token_id=stops,
                      pad_token_id=tokenizer.eot).save_pretrained(partial)
 
-    said = json.loads((partial / "config.json").read_text())
+    said = json.loads((partial / "config.json").read_text("utf-8"))
     said |= {"model_type": MohawkConfig.model_type, "architectures": [MohawkForCausalLM.__name__],
              "auto_map": {"AutoConfig": "modeling_mohawk.MohawkConfig",
                           "AutoModelForCausalLM": "modeling_mohawk.MohawkForCausalLM"},
              "vocab_size": config.vocab_size, "hidden_size": config.d_model,
              "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
              "tie_word_embeddings": config.tie_embeddings, "dtype": "float32"}
-    (partial / "config.json").write_text(json.dumps(said, indent=1) + "\n")
+    (partial / "config.json").write_text(json.dumps(said, indent=1) + "\n", "utf-8")
 
     # In transformers' cache the files are a package, so that one finds the other by a dot. It wants
     # every import to be installed: ssd_kernel's benchmark, which has others, stays here.
-    kernel = (here / "ssd_kernel.py").read_text().split(f"\n# {'-' * 77}\n# the benchmark")[0]
-    model = (here / "model_ssm.py").read_text().replace("\nfrom ssd_kernel ", "\nfrom .ssd_kernel ")
+    kernel, model = ((here / name).read_text("utf-8") for name in ("ssd_kernel.py", "model_ssm.py"))
+    kernel = kernel.split(f"\n# {'-' * 77}\n# the benchmark")[0]
+    model = model.replace("\nfrom ssd_kernel ", "\nfrom .ssd_kernel ")
     classes = map(inspect.getsource, (MohawkConfig, MohawkState, MohawkForCausalLM))
-    (partial / "ssd_kernel.py").write_text(kernel)
-    (partial / "model_ssm.py").write_text(model)
-    (partial / "modeling_mohawk.py").write_text("\n\n".join([MODELING, *classes]))
+    (partial / "ssd_kernel.py").write_text(kernel, "utf-8")
+    (partial / "model_ssm.py").write_text(model, "utf-8")
+    (partial / "modeling_mohawk.py").write_text("\n\n".join([MODELING, *classes]), "utf-8")
     shutil.copy(here / "LICENSE", partial)
 
     kept, report = ", ".join(map(str, config.attn_layers)), run / "report.md"
     (partial / "README.md").write_text(CARD.format(
         folder=folder.name, mixer=config.mixer, layers=config.n_layer, attention=kept or "none",
         **made,
-        table=report.read_text() if report.exists() else "No table: its run is not at hand.\n"))
+        table=report.read_text("utf-8") if report.exists() else
+        "No table: its run is not at hand.\n"), "utf-8")
     if folder.exists():
         folder.rmdir()
     partial.rename(folder)
@@ -1008,12 +1011,6 @@ def layer_and_head(text):
     return int(layer), int(head)
 
 
-def at_least_one(text):
-    if not (n := count(text)):
-        raise argparse.ArgumentTypeError("give a whole number from 1 on")
-    return n
-
-
 def parse(arguments=None):
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -1023,8 +1020,8 @@ def parse(arguments=None):
     add("--teacher", help="another name for the run's teacher, if it has moved")
     add("--context", type=at_least_one, help="tokens per window [as in training]")
     add("--eval_tokens", type=at_least_one, help="held-out tokens to read [as in training]")
-    add("--data", help="another text to read: as for distill.py, a hub data set as a stream "
-        "[the run's; without a run stdlib]")
+    add("--data", type=source_of_text, help="another text to read: as for distill.py, a hub data "
+        "set as a stream [the run's; without a run stdlib]")
     add("--config", help="which part of a Hugging Face data set")
     # instead of the tables
     add("--prompt", help="both models go on from this [after the tables: 'def ']")
@@ -1032,7 +1029,7 @@ def parse(arguments=None):
         help="tokens to generate, beyond an end of text too [%(default)s]")
     add("--temperature", type=float, default=0.7, help="0 is greedy [%(default)s]")
     add("--top_k", type=at_least_one, help="sample from so many likeliest tokens [all]")
-    add("--seed", type=int, default=0, help="of the sampling [%(default)s]")
+    add("--seed", type=count, default=0, help="of the sampling [%(default)s]")
     add("--tasks", nargs="+", metavar="TASK", help="ask both these questions: names that lm-eval "
         "knows, or paper for the paper's six")
     add("--include_path", help="a folder with task files of your own")
@@ -1054,7 +1051,7 @@ def parse(arguments=None):
         raise UsageError("--random measures --speed: nothing else can be asked of random weights")
     if bool(args.run) == bool(args.random):
         raise UsageError("give a run folder such as out/tiny, or --speed --random NAME, not both")
-    if args.temperature < 0:
+    if not 0 <= args.temperature < math.inf:
         raise UsageError(f"--temperature {args.temperature}: give 0, for greedy, or more")
     return args
 

@@ -782,7 +782,7 @@ class SSM(nn.Module, Writer):
             folder = from_hub(str(name))
         if not (folder / "config.json").is_file():
             raise UsageError(f"no model in {name}: there is no config.json")
-        student = cls(read_config(json.loads((folder / "config.json").read_text())))
+        student = cls(read_config(json.loads((folder / "config.json").read_text("utf-8"))))
         file, bin = folder / "model.safetensors", folder / "pytorch_model.bin"
         try:
             weights = load_file(file) if file.exists() else torch.load(bin, weights_only=True)
@@ -814,7 +814,7 @@ class SSM(nn.Module, Writer):
             del weights["lm_head.weight"]
         save_file(weights, partial / "model.safetensors")
         config = write_config(self.config) | {"about": about}
-        (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
         replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
         if folder.exists():                         # at no moment is there half a folder
             folder.rename(replaced)

