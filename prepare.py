@@ -31,6 +31,7 @@ import contextlib
 import copy
 import functools
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -38,6 +39,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -48,11 +50,15 @@ from pathlib import Path
 import filelock
 import huggingface_hub
 import numpy as np
+import tiktoken
+import tokenizers
 import torch
 from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
-from model_ssm import UsageError, ask_hub, first_line
-from model_teacher import SURROGATE, Tokenizer, without_surrogates
+from model_ssm import UsageError, first_line, go_offline_if_unreachable
+from model_teacher import resolve_name
 
 SHARD_TOKENS = 10**8    # 200 MB a shard in uint16
 PIECE = 2**16           # characters read at once, so that memory does not depend on a file's size
@@ -60,6 +66,199 @@ BATCH = 2**20           # characters tokenised at once
 SAVE_SECONDS = 5        # between two saves: what a kill can cost, and what memory holds
 HELD_OUT = 0.04         # share of the tokens that go to val.bin
 HELD_OUT_MOST = 2**22   # and its largest size
+
+
+# -----------------------------------------------------------------------------
+# Tokenizers
+
+END_OF_TEXT = "<|endoftext|>"
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+BLANK = 2**16           # in runs of white space of some eight times this length tiktoken panics
+PROBE = ("def f(x):\n    return 'naïve' + str(3.14)\t# The  quick — brown fox\n\n"
+         + END_OF_TEXT[:5])
+
+
+class Tokenizer:
+    """One face for the byte encoding and for any Hugging Face tokenizer.
+
+    name: "bytes", or whatever Teacher.load takes ("tiny" has the byte encoding).
+    vocab_size: one more than the largest id that text may get.
+    eot: the id that separates documents.   stop_ids: all that end a text or a turn, sorted.
+    dtype: the narrowest that holds an id.   threads: how many tiktoken may use.
+    fingerprint: a hash of what it makes of a fixed sentence; those with one fingerprint agree.
+    """
+
+    def __init__(self, name):
+        self.name, self.threads, self.hf = "bytes" if name == "tiny" else str(name), 8, None
+        if self.name == "bytes":
+            self.tiktoken = byte_encoding()
+            self.vocab_size, self.eot = self.tiktoken.n_vocab, self.tiktoken.eot_token
+            self.stop_ids = (self.eot,)
+        else:
+            self._from_transformers()
+        seen = json.dumps([self.encode(PROBE), self.eot]).encode()
+        self.fingerprint = hashlib.sha256(seen).hexdigest()[:16]
+
+    def _from_transformers(self):
+        path, options = resolve_name(self.name)
+        try:
+            self.hf = AutoTokenizer.from_pretrained(path, **options)
+        except Exception as error:                # the hub client raises a dozen unrelated types
+            raise UsageError(f"no tokenizer for {self.name}: {first_line(error)} "
+                             "(with no network: python distill.py --preset tiny)") from error
+        self.tiktoken = gpt2_encoding(self.hf)    # the same ids, several times as fast, or None
+        vocabulary = self.hf.get_vocab()
+        self.eot = vocabulary.get(END_OF_TEXT, self.hf.eos_token_id)
+        if self.eot is None:
+            raise UsageError(f"the tokenizer of {self.name} has no end-of-text token "
+                             "to separate documents with")
+        special = {i for i, token in self.hf.added_tokens_decoder.items() if token.special}
+        # No text has special tokens in it, see encode_batch, but for what stands for the unknown.
+        self.vocab_size = max(set(vocabulary.values()) - special
+                              | {self.eot, self.hf.unk_token_id or 0}) + 1
+        # The files' ids only if no text has them: a default of transformers may be any letter.
+        ends = {self.eot, self.hf.eos_token_id} | end_tokens(path) & special
+        self.stop_ids = tuple(sorted(ends - {None}))
+
+    def check_rows(self, rows):
+        """UsageError if text may get an id for which a model of `rows` tokens has no embedding"""
+        if self.vocab_size > rows:
+            raise UsageError(f"the tokenizer of {self.name} gives ids up to "
+                             f"{self.vocab_size - 1:,}, the model has embeddings for {rows:,} "
+                             "tokens: put the tokenizer that it was trained with in its place")
+
+    @property
+    def dtype(self):
+        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+    def encode_batch(self, texts):
+        # Text that spells a special token is text, not a command: splitting it keeps data from
+        # ending documents.
+        texts = [without_surrogates(text) for text in texts]
+        if self.tiktoken and not (self.hf and any(map(has_long_blank, texts))):
+            return self.tiktoken.encode_ordinary_batch(texts, num_threads=self.threads)
+        return self.hf(texts, add_special_tokens=False, split_special_tokens=True,
+                       return_attention_mask=False, verbose=False)["input_ids"]
+
+    def encode(self, text):
+        return self.encode_batch([text])[0]
+
+    def encode_pieces(self, pieces):
+        """[(text, ends), ...] -> an array of `dtype` for each, with `eot` where a document ends"""
+        encoded = self.encode_batch([text for text, _ in pieces])
+        return [np.asarray(ids + [self.eot] * ends, self.dtype)
+                for ids, (_, ends) in zip(encoded, pieces, strict=True)]
+
+    def save_pretrained(self, folder):
+        """As a Hugging Face tokenizer"""
+        (self.hf or byte_tokenizer(self.eot)).save_pretrained(folder)
+
+    def bytes_in(self, ids):
+        """How many bytes of text ids stand for: a document's end is none."""
+        ids = [i for i in ids if i != self.eot]
+        return len(self.tiktoken.decode_bytes(ids) if self.tiktoken else self.decode(ids).encode())
+
+    def decode(self, ids):
+        if self.hf is None:
+            return self.tiktoken.decode(ids)
+        return self.hf.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def without_surrogates(text):
+    """U+FFFD in place of each half of a pair that stands alone: Rust takes no such text"""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return SURROGATE.sub("\ufffd", text)
+    return text
+
+
+def has_long_blank(text):
+    """Is there a run of white space of 2 BLANK characters? Then BLANK of them, from a multiple of
+    BLANK on, are white space too."""
+    return any(text[i:i + BLANK].isspace() for i in range(0, len(text) - BLANK + 1, BLANK))
+
+
+def end_tokens(path):
+    """The ids at which the model in `path` ends a text, as its own files say"""
+    found = set()
+    for name in ("generation_config.json", "config.json"):
+        try:
+            file = cached_file(path, name)
+        except OSError:
+            file = None
+        if file is not None:                        # a model may have neither
+            ids = json.loads(Path(file).read_text("utf-8")).get("eos_token_id")
+            found |= set(ids if isinstance(ids, list) else [ids])
+    return found
+
+
+def byte_encoding():
+    """UTF-8 bytes as tokens 0..255, <|endoftext|> as 256: nothing to download or to learn."""
+    # The pattern cuts the text before ranks are merged. It must never match the empty string:
+    # tiktoken panics on that.
+    return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})",
+                             mergeable_ranks={bytes([i]): i for i in range(256)},
+                             special_tokens={END_OF_TEXT: 256})
+
+
+def byte_tokenizer(eot):
+    """The byte encoding as a Hugging Face tokenizer: 0..255 are bytes, 256 ends a text."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=byte_letters(), merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False,
+                                                                use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True,
+                                                      normalized=False)])
+    assert backend.token_to_id(END_OF_TEXT) == eot
+    return PreTrainedTokenizerFast(tokenizer_object=backend,
+                                   eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
+
+
+def byte_letters():
+    """GPT-2 writes each byte as a letter: a printable one as itself, others from U+0100 on.
+
+    -> {letter: byte}
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def gpt2_encoding(hf):
+    """A tokenizer with GPT-2's way of splitting, and Phi's, as a tiktoken.Encoding; else None.
+
+    Phi adds runs of 2 to 31 spaces and of 2 to 9 tabs to GPT-2's vocabulary. They are no special
+    tokens (tiktoken would look for these only where asked to) but come before all else in a text,
+    so they come first in the pattern, and the rest of it must not take their spaces. The ids of
+    merged pairs count up in the order of merging, which is what tiktoken ranks by.
+    """
+    about = json.loads(getattr(hf, "backend_tokenizer", None) and hf.backend_tokenizer.to_str()
+                       or "{}")
+    model, split = about.get("model", {}), about.get("pre_tokenizer") or {}
+    merges = [pair.split(" ") if isinstance(pair, str) else pair
+              for pair in model.get("merges", ())]
+    ids, added = model.get("vocab", {}), {
+        token["content"]: token["id"] for token in about.get("added_tokens", ())
+        if token["content"] not in model.get("vocab", {}) and not token["special"]}
+    kind = model.get("type"), split.get("type"), about.get("normalizer")
+    if kind != ("BPE", "ByteLevel", None) or not merges or split.get("add_prefix_space") \
+            or not split.get("use_regex", True) \
+            or any(ids.get(a + b) != 256 + n for n, (a, b) in enumerate(merges)):
+        return None
+    runs = {" " * n for n in range(2, 32)} | {"\t" * n for n in range(2, 10)}
+    if added.keys() not in (set(), runs):
+        return None
+    to_byte = byte_letters()
+    ranks = {bytes(to_byte[letter] for letter in token): n for token, n in ids.items()
+             if n < 256 + len(merges)}
+    ranks |= {run.encode(): n for run, n in added.items()}
+    space = r"(?:(?! {2}|\t{2})\s)" if added else r"\s"
+    pattern = (r" {2,31}|\t{2,9}|" if added else "") + (
+        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|"
+        rf"{space}++(?!\S)|{space}+(?={space})|{space}")
+    return tiktoken.Encoding("gpt2 like", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
 # -----------------------------------------------------------------------------
@@ -152,7 +351,7 @@ class Documents:
         import datasets
         self.doing = (f"stream the data set {self.source} "
                       "(with no network: python distill.py --preset tiny)")
-        ask_hub()
+        go_offline_if_unreachable()
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE
         self.rows = datasets.load_dataset(self.source, self.config, split="train", streaming=True)
         if place:
@@ -640,6 +839,12 @@ class Tokens:
     def __len__(self):
         return sum(map(len, self.shards))
 
+    def largest_id(self, rows):
+        """The largest token id, looked for if there may be one beyond a model's `rows`, else 0"""
+        if self.meta["vocab_size"] <= rows:
+            return 0
+        return max(int(shard.max()) for shard in self.shards)
+
     def _cut(self, L):
         """All windows in the order of the text. None crosses from one shard to the next."""
         windows = torch.utils.data.ConcatDataset([cut(shard, L) for shard in self.shards])
@@ -774,8 +979,22 @@ def same_source(meta, source, config):
     return was == now and (meta["files"] is not None or meta["config"] == config)
 
 
+def open_data(args, tokenizer, budget=None):
+    """-> what to train on, held-out windows (n, L + 1), and a name for it
+
+    args: data, config, stream, context, eval_tokens and seed, as distill.py's flags have them
+    budget: training tokens that are needed, of a hub data set that is prepared now
+    """
+    n, L = max(1, args.eval_tokens // args.context), args.context
+    if args.stream:
+        stream = Stream(args.data, tokenizer, args.config, held_out=n * L)
+        return stream, stream.windows(n, L), f"{args.data}, streamed"
+    folder = load_or_prepare(args.data, tokenizer, args.config, budget)
+    return Tokens(folder, "train", args.seed), Tokens(folder, "val").windows(n, L), str(folder)
+
+
 # -----------------------------------------------------------------------------
-# the command line, here and in distill.py and eval.py
+# The command line, here and in distill.py, eval.py and extras/
 
 def count(text, least=0):
     """A whole number as people write it.

@@ -8,7 +8,7 @@ triangular:
     attention    M = softmax(q k^T / sqrt(N))
                  every row sums to one; to make row L, all of k and v are kept
     SSD          M[i,j] = (q_i . k_j) e^(a_(j+1) + ... + a_i)
-                 a fading mask instead of softmax; one S is kept
+                 a chunk_decays mask instead of softmax; one S is kept
 
 because SSD is also a recurrence:  S_t = e^(a_t) S_(t-1) + k_t v_t^T,  y_t = q_t S_t.  That the same
 y can be had both ways is the duality of [1]. Each form here is tested against the one above it:
@@ -40,13 +40,10 @@ the chunked form runs instead.
 """
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
-import json
 import math
 import os
-import time
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -80,7 +77,7 @@ def ssd(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_state=Fals
     check(q, k, v, a, initial_state, cu_seqlens)
     if backend == "auto":
         one_chunk = v.shape[1] <= chunk_length(v.shape[-1])             # plain masked attention
-        backend = ("triton" if v.is_cuda and not not_for_triton(v, q.shape[-1])
+        backend = ("triton" if v.is_cuda and why_not_triton(v, q.shape[-1]) is None
                    else "naive" if one_chunk else "chunked")
     if backend not in BACKENDS:
         raise ValueError(f"no SSD backend {backend!r}: choose auto or one of {', '.join(BACKENDS)}")
@@ -132,7 +129,7 @@ def per_head(x, H):
     return x if x.shape[2] == H else x.repeat_interleave(H // x.shape[2], dim=2)
 
 
-def wide(dtype):
+def at_least_fp32(dtype):
     """The dtype of decays and states: never less than fp32, since errors there add up over L."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -203,30 +200,40 @@ def until_end(W, A, dim=-1):
 def ssd_recurrent(q, k, v, a, initial_state=None, return_final_state=False):
     """S_t = e^(a_t) S_(t-1) + k_t v_t^T      y_t = q_t S_t
 
-    Slow, obvious, and the oracle: every other form in this file is tested against it.
+    Slow, obvious, and the referee: plain PyTorch on every device, and every other form in this file
+    is tested against it.
     """
     assert (a <= 0).all(), "a is the log of a decay: it must be <= 0"
     (B, L, H, P), N = v.shape, q.shape[-1]
-    S = v.new_zeros(B, H, N, P, dtype=wide(v.dtype)) if initial_state is None else initial_state
+    S = initial_state
+    if S is None:
+        S = v.new_zeros(B, H, N, P, dtype=at_least_fp32(v.dtype))
     y = []
     for t in range(L):
-        y_t, S = ssd_step(q[:, t], k[:, t], v[:, t], a[:, t], S)
+        y_t, S = step_recurrent(q[:, t], k[:, t], v[:, t], a[:, t], S)
         y.append(y_t)
     y = torch.stack(y, dim=1)                                           # (B, L, H, P)
     return (y, S) if return_final_state else y
 
 
+def step_recurrent(q, k, v, a, S):
+    """One step of the recurrence, shapes as in ssd_step"""
+    H = v.shape[1]
+    q, k = (per_head(x[:, None], H)[:, 0].to(S.dtype) for x in (q, k))  # (B, H, N)
+    S = a.to(S.dtype).exp()[..., None, None] * S + k[..., :, None] * v.to(S.dtype)[..., None, :]
+    y = product(q[..., None, :], S)[..., 0, :]                          # (B, H, P)
+    return y.to(v.dtype), S
+
+
 def ssd_step(q, k, v, a, S):
     """One token: q, k (B, G, N), v (B, H, P), a (B, H), S (B, H, N, P)
 
-    -> y (B, H, P), the next S (B, H, N, P)
+    -> y (B, H, P), the next S (B, H, N, P). On a GPU and without gradients one Triton kernel.
     """
-    H, fused = v.shape[1], v.is_cuda and S.dtype == torch.float32 and not torch.is_grad_enabled()
-    if fused and not not_for_triton(v, q.shape[-1]):
+    if (v.is_cuda and S.dtype == torch.float32 and not torch.is_grad_enabled()
+            and why_not_triton(v, q.shape[-1]) is None):
         return step_triton(q, k, v, a, S)
-    q, k = (per_head(x[:, None], H)[:, 0].to(S.dtype) for x in (q, k))  # (B, H, N)
-    S = a.to(S.dtype).exp()[..., None, None] * S + k[..., :, None] * v.to(S.dtype)[..., None, :]
-    return product(q[..., None, :], S)[..., 0, :].to(v.dtype), S
+    return step_recurrent(q, k, v, a, S)
 
 
 def decay_matrix(a):
@@ -237,7 +244,7 @@ def decay_matrix(a):
             [0.5000, 1.0000, 0.0000],
             [0.1250, 0.2500, 1.0000]])
     """
-    W, A = running_sums(floored(a, wide(a.dtype)))
+    W, A = running_sums(floored(a, at_least_fp32(a.dtype)))
     gap = W[..., :, None] - W[..., None, :]             # exact, and 0 where nothing resets
     gap.add_(A[..., :, None]).sub_(A[..., None, :])     # <= 0 wherever j <= i
     future = torch.ones(gap.shape[-2:], dtype=torch.bool, device=a.device).triu(1)
@@ -252,14 +259,14 @@ def mixing_matrix(q, k, a):
     q, k = (per_head(x, a.shape[-1]).transpose(1, 2).contiguous() for x in (q, k))  # (B, H, L, N)
     # Over thousands of tokens the running sum of a is large and its differences small: fp64 keeps
     # their digits.
-    decay = decay_matrix(a.double().transpose(1, 2)).to(wide(q.dtype))  # (B, H, L, L)
+    decay = decay_matrix(a.double().transpose(1, 2)).to(at_least_fp32(q.dtype))  # (B, H, L, L)
     return product(q, k.mT) * decay
 
 
 @packed
 def ssd_naive(q, k, v, a, initial_state=None, return_final_state=False):
     """y = M v with M in full: masked attention with a decay instead of softmax ([1] eq. 16)."""
-    dtype, H = wide(v.dtype), v.shape[2]
+    dtype, H = at_least_fp32(v.dtype), v.shape[2]
     q, k = q.to(v.dtype), k.to(v.dtype)
     M = mixing_matrix(q, k, a).to(v.dtype)                              # (B, H, L, L)
     q, k, v = (x.transpose(1, 2) for x in (per_head(q, H), per_head(k, H), v))  # (B, H, L, .)
@@ -297,7 +304,7 @@ def ssd_chunked(q, k, v, a, initial_state=None, return_final_state=False, chunk=
     """
     (B, L, H, P), N = v.shape, q.shape[-1]
     q, k = (per_head(x, H).to(v.dtype) for x in (q, k))
-    a = floored(a, wide(v.dtype))
+    a = floored(a, at_least_fp32(v.dtype))
     S = v.new_zeros(B, H, N, P) if initial_state is None else initial_state
     Q = chunk or chunk_length(P)
     if pad := -L % Q:               # zeros at the end: k = 0 writes nothing, a = 0 forgets nothing
@@ -318,7 +325,7 @@ class Chunked(torch.autograd.Function):
         ctx.Q, ctx.stretches = Q, stretches(v, q.shape[-1], Q)
         for s in ctx.stretches:
             q_c, k_c, v_c, a_c = (in_chunks(x[:, s], Q).contiguous() for x in (q, k, v, a))
-            since, left, fade = fading(a_c, v.dtype)
+            since, left, fade = chunk_decays(a_c, v.dtype)
             M = decay_matrix(a_c).mul_(q_c @ k_c.mT)                    # 1 inside  (B, C, H, Q, Q)
             writes = (k_c * left).mT @ v_c                              # 2 write   (B, C, H, N, P)
             door, S = carry(fade, writes, S, range(len(fade[0])))       # 3 carry   (B, C, H, N, P)
@@ -337,7 +344,7 @@ class Chunked(torch.autograd.Function):
         for s, S in zip(reversed(ctx.stretches), reversed(doors), strict=True):
             q_c, k_c, v_c, a_c, dy_c = (in_chunks(x[:, s], Q).contiguous()
                                         for x in (q, k, v, a, dy))
-            (since, left, fade), decay = fading(a_c, dtype), decay_matrix(a_c)
+            (since, left, fade), decay = chunk_decays(a_c, dtype), decay_matrix(a_c)
             asked = (q_c * since).mT @ dy_c                             # 4  (B, C, H, N, P)
             dS_c, dS = carry(fade, asked, dS, reversed(range(len(fade[0]))))    # 3
             through = fade * (S * dS_c).sum((-1, -2))                   # (B, C, H)
@@ -372,7 +379,7 @@ def in_chunks(x, Q):
     return x.unflatten(1, (-1, Q)).transpose(2, 3)
 
 
-def fading(a, dtype):
+def chunk_decays(a, dtype):
     """a (B, C, H, Q) -> what is left since the door, and at the end, of each (B, C, H, Q, 1); and
     of the door at the end (B, C, H)"""
     W, A = running_sums(a)
@@ -387,120 +394,6 @@ def carry(fade, writes, S, order):
         doors[:, c] = S
         S = torch.addcmul(writes[:, c].to(S.dtype), S, fade[:, c, :, None, None])
     return doors, S
-
-
-# -----------------------------------------------------------------------------
-# beside it, for the mixers of the study: a decay for each channel of k, and the delta rule. Each
-# step is the definition; its chunked form is plain PyTorch and its autograd, in fp32 or wider, for
-# one document a row.
-
-def channel_step(q, k, v, a, S):
-    """S_t = diag(e^(a_t)) S_(t-1) + k_t v_t^T      y_t = q_t S_t
-
-    q, k, a (B, H, N)   v (B, H, P)   S (B, H, N, P)   -> y (B, H, P), the next S
-    """
-    q, k, a = (x.to(S.dtype) for x in (q, k, a))
-    S = a.exp()[..., None] * S + k[..., None] * v.to(S.dtype)[..., None, :]
-    return product(q[..., None, :], S)[..., 0, :].to(v.dtype), S
-
-
-def channel_chunked(q, k, v, a, initial_state=None, return_final_state=False, chunk=64):
-    """The same for q, k, a (B, L, H, N), v (B, L, H, P), in O(L) and matrix products.
-
-    M[i,j] = sum_n q_in k_jn e^(A_in - A_jn), A the running sum of a. As (q_i e^(A_i)) . (k_j
-    e^(-A_j)) it is a product of matrices, but e^(-A_j) overflows. With any t between j and i it is
-    (q_i e^(A_i - A_t)) . (k_j e^(A_t - A_j)), and both exponents are <= 0. So a chunk is halved,
-    and so are its halves; t is where the left half ends:
-
-        j ->  1 2 3 4 5 6 7 8
-      i   1   =
-      |   2   1 =                     =  i is j: nothing fades
-      v   3   2 2 =                   1, 2, 4  the width of the halves: one product for each block
-          4   2 2 1 =
-          5   4 4 4 4 =               what is before the chunk comes through a state, by steps 2-4
-          6   4 4 4 4 1 =             of ssd_chunked
-          7   4 4 4 4 2 2 =
-          8   4 4 4 4 2 2 1 =
-    """
-    (B, L, H, P), N, given = v.shape, q.shape[-1], v.dtype
-    S = v.new_zeros(B, H, N, P, dtype=wide(given)) if initial_state is None else initial_state
-    a = floored(a, wide(a.dtype))
-    q, k, v, a = (wide_chunks(x, chunk) for x in (q, k, v, a))          # (B, C, H, Q, .)
-    y, half = (q * k).sum(-1, keepdim=True) * v, 1
-    while half < chunk:
-        (_, q_r), (k_l, _), (v_l, _), (a_l, a_r) = (                    # (B, C, H, ., half, N or P)
-            x.unflatten(-2, (-1, 2, half)).unbind(-3) for x in (q, k, v, a))
-        left = until_end(*running_sums(a_l, -2), -2).exp()
-        M = product(q_r * a_r.cumsum(-2).exp(), (k_l * left).mT)
-        y.unflatten(-2, (-1, 2, half)).select(-3, 1).add_(product(M, v_l))
-        half *= 2
-    left = until_end(*running_sums(a, -2), -2).exp()
-    writes = product((k * left).mT, v)                                  # (B, C, H, N, P)
-    fade, doors = a.sum(-2).exp()[..., None], []                        # (B, C, H, N, 1)
-    for c in range(fade.shape[1]):
-        doors.append(S)
-        S = fade[:, c] * S + writes[:, c]
-    y = y + product(q * a.cumsum(-2).exp(), torch.stack(doors, 1))      # (B, C, H, Q, P)
-    y = y.transpose(2, 3).flatten(1, 2)[:, :L].to(given)
-    return (y, S) if return_final_state else y
-
-
-def wide_chunks(x, Q):
-    """(B, L, H, ...) -> (B, C, H, Q, ...) in fp32 or wider, with zeros after the end"""
-    x = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, -x.shape[1] % Q))
-    return in_chunks(x.to(wide(x.dtype)), Q).contiguous()
-
-
-def delta_step(q, k, v, a, b, S):
-    """S_t = e^(a_t) (I - b_t k_t k_t^T) S_(t-1) + b_t k_t v_t^T      y_t = q_t S_t
-
-    What k_t finds in S is replaced, by the share b, with v_t. So it is ssd's S_t = e^(a_t) S_(t-1)
-    + k_t u_t^T with u_t = b_t (v_t - e^(a_t) k_t S_(t-1)).
-    q, k (B, H, N)   v (B, H, P)   a, b (B, H)   S (B, H, N, P)
-    """
-    found = product(k.to(S.dtype)[..., None, :], S)[..., 0, :]          # (B, H, P)
-    u = b[..., None] * (v - a.exp()[..., None] * found)
-    return ssd_step(q, k, u.to(v.dtype), a, S)
-
-
-def delta_rule(q, k, v, a, b, initial_state=None, return_final_state=False, chunk=32):
-    """The same for q, k (B, L, H, N), v (B, L, H, P), a, b (B, L, H): u by chunks, then ssd.
-
-    In a chunk with S at its door, u_i = b_i (v_i - e^(A_i) k_i S) - sum_(j<i) M[i,j] u_j, where
-    M[i,j] = b_i (k_i . k_j) e^(A_i - A_j): a triangular system, whose answer is u = U - K S.
-    """
-    (B, L, H, P), N = v.shape, q.shape[-1]
-    S = v.new_zeros(B, H, N, P, dtype=wide(v.dtype)) if initial_state is None else initial_state
-    a = floored(a, wide(a.dtype))
-    k_c, v_c, a_c, b_c = (wide_chunks(x, chunk) for x in (k, v, a, b))  # (B, C, H, Q, .)
-    since, left, fade = fading(a_c, a_c.dtype)
-    b_c, door = b_c[..., None], S
-    M = (b_c * product(k_c, k_c.mT) * decay_matrix(a_c)).tril(-1)       # (B, C, H, Q, Q)
-    U, K = Solution.apply(M, b_c * torch.cat([v_c, since * k_c], -1)).split([P, N], dim=-1)
-    writing, u = (k_c * left).mT, []                                    # (B, C, H, N, Q)
-    for c in range(fade.shape[1]):
-        u.append(U[:, c] - product(K[:, c], door))                      # (B, H, Q, P)
-        door = fade[:, c, :, None, None] * door + product(writing[:, c], u[-1])
-    u = torch.stack(u, 1).transpose(2, 3).flatten(1, 2)[:, :L]          # (B, L, H, P)
-    return ssd(q, k, u.to(v.dtype), a, S, None, return_final_state)
-
-
-class Solution(torch.autograd.Function):
-    """x of (1 + M) x = y, M strictly lower triangular, in their dtype: see Product."""
-
-    @staticmethod
-    @outside_autocast
-    def forward(ctx, M, y):
-        x = torch.linalg.solve_triangular(M, y, upper=False, unitriangular=True)
-        ctx.save_for_backward(M, x)
-        return x
-
-    @staticmethod
-    @outside_autocast
-    def backward(ctx, dx):
-        M, x = ctx.saved_tensors
-        dy = torch.linalg.solve_triangular(M.mT, dx, upper=True, unitriangular=True)
-        return -(dy @ x.mT).tril(-1), dy
 
 
 # -----------------------------------------------------------------------------
@@ -738,10 +631,10 @@ def ssd_triton(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_sta
     pieces: programs that share a document; 0 takes what fills the GPU
     """
     (B, L, H, P), N = v.shape, q.shape[-1]
-    if why := not_for_triton(v, N):
+    if why := why_not_triton(v, N):
         raise ValueError(f"{why}: backend 'chunked' takes it")
     W = configuration(N, P, v.dtype, architecture(v))[0]
-    parts = P // W                      # wide heads are several, with the same q, k, a
+    parts = P // W                      # at_least_fp32 heads are several, with the same q, k, a
     if cu_seqlens is None:
         cu = torch.arange(0, L + 1, L, dtype=torch.int32, device=v.device)
     else:
@@ -762,7 +655,7 @@ def ssd_triton(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_sta
     return (y, S) if return_final_state else y
 
 
-def not_for_triton(v, N):
+def why_not_triton(v, N):
     """-> why the kernels cannot run on these tensors, or None"""
     if triton is None:
         return "Triton is not installed"
@@ -907,18 +800,18 @@ def orientation_loss(q_t, k_t, scale, q, k, a, D, window=None, return_size=False
     with A the running sum of a, hence da = reverse cumulative sum of dA.
     """
     if backend == "auto":
-        fits = q.is_cuda and not not_for_triton(q, k_t.shape[-1])
+        fits = q.is_cuda and why_not_triton(q, k_t.shape[-1]) is None
         backend = "triton" if fits else "blocked"
-    window = min(window or a.shape[1], a.shape[1])
-    distance, size = OrientationLoss.apply(q_t, k_t, scale, window, q, k,
-                                           floored(a, wide(a.dtype)), D, backend == "triton")
+    window, a = min(window or a.shape[1], a.shape[1]), floored(a, at_least_fp32(a.dtype))
+    distance, size = OrientationLoss.apply(q_t, k_t, scale, window, q, k, a, D,
+                                           backend == "triton")
     return (distance, size) if return_size else distance
 
 
 class OrientationLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_t, k_t, scale, window, q, k, a, D, tiles):
-        (B, _, H), G, dtype = a.shape, q.shape[2], wide(a.dtype)
+        (B, _, H), G, dtype = a.shape, q.shape[2], at_least_fp32(a.dtype)
         dq, dk, dA, dD, squares, squares_t = orientation_op(q_t, k_t, scale, window, q, k, a, D,
                                                             tiles)
         norm = squares.sqrt()                                           # (B, H)
@@ -950,7 +843,7 @@ def orientation_op(q_t, k_t, scale, window, q, k, a, D, tiles):
 
 @orientation_op.register_fake
 def _(q_t, k_t, scale, window, q, k, a, D, tiles):
-    (B, L, H), N, dtype = a.shape, q.shape[-1], torch.float32 if tiles else wide(a.dtype)
+    (B, L, H), N, dtype = a.shape, q.shape[-1], torch.float32 if tiles else at_least_fp32(a.dtype)
     shapes = (B, L, H, N), (B, L, H, N), (B, L, H), (B, H), (B, H), (B, H)
     dtypes = [dtype] * 2 + [dtype if tiles else torch.float64] + [dtype] * 3
     return tuple(a.new_empty(shape, dtype=dtype)
@@ -959,7 +852,7 @@ def _(q_t, k_t, scale, window, q, k, a, D, tiles):
 
 def orientation_blocked(q_t, k_t, scale, window, q, k, a, D):
     """Rows of E in blocks"""
-    (B, L, H), dtype = a.shape, wide(a.dtype)
+    (B, L, H), dtype = a.shape, at_least_fp32(a.dtype)
     q_t, k_t, q, k = (per_head(x, H).transpose(1, 2).to(dtype)
                       for x in (q_t, k_t, q, k))                        # (B, H, L, N)
     W, A = (x.transpose(1, 2) for x in running_sums(a.double(), 1))     # (B, H, L)
@@ -1120,168 +1013,3 @@ def distance_in_full(q_t, k_t, scale, M, window=None):
     """orientation_loss and the size, of any matrices M (B, H, L, L), which are there in full."""
     target = attention_matrix(q_t.to(M.dtype), k_t.to(M.dtype), scale, window)  # (B, H, L, L)
     return tuple(x.norm(dim=(-1, -2)).mean() for x in (M - target, target))
-
-
-# -----------------------------------------------------------------------------
-# the benchmark. It runs anywhere; the numbers worth having come from a GPU.
-
-def flash_attention(q, k, v, a):
-    """Not the same function: the one to be replaced."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-
-def mamba_ssm(q, k, v, a):
-    """The authors' kernels, called as Phi-Mamba does: v is divided by a step that they put back."""
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as kernels
-    return kernels(v / -a[..., None].to(v.dtype), -a, a.new_full(a.shape[2:], -1.0), k, q, 128)
-
-
-def minimal(q, k, v, a):
-    """The authors' chunked form in PyTorch."""
-    from mamba_ssm.modules.ssd_minimal import ssd_minimal_discrete
-    return ssd_minimal_discrete(v, a, k, q, 64)[0]
-
-
-def fla(q, k, v, a):
-    from fla.ops.simple_gla import chunk_simple_gla
-    return chunk_simple_gla(q, k, v, g=a, scale=1.0)[0]
-
-
-WIDTHS = {"L": 6, "B": 4, "form": 18}
-FORMS = {"naive": ssd_naive, "chunked": ssd_chunked, "triton": ssd_triton,
-         "attention, flash": flash_attention, "mamba_ssm": mamba_ssm, "its minimal": minimal,
-         "fla": fla}
-
-
-def milliseconds(run, device):
-    """The median of many runs; on a GPU each finds the cache cleared."""
-    if device == "cuda":
-        return triton.testing.do_bench(run, return_mode="median")
-    run()
-    times = []
-    while not times or sum(times) < 1 and len(times) < 20:
-        start = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times)[len(times) // 2]
-
-
-def example(L, B, H, P, dtype, device):
-    """-> q, k, v (B, L, H, P), a (B, L, H), ready for gradients, and a gradient of y"""
-    draw = torch.Generator(device).manual_seed(0)
-    q, k, v, dy = (torch.randn(B, L, H, P, generator=draw, device=device) for _ in range(4))
-    a = -torch.rand(B, L, H, generator=draw, device=device)
-    leaves = q.to(dtype), (k / P**0.5).to(dtype), v.to(dtype), a
-    return [x.requires_grad_() for x in leaves], dy.to(dtype)
-
-
-def ssd_cases(lengths, tokens, H, dtype, device):
-    """-> form, function, its arguments, gradient of its output, least bytes, what y should be"""
-    for L in lengths:
-        leaves, dy = example(L, max(1, tokens // L), H, 64, dtype, device)
-        want = ssd_chunked(*(x[:1, :, :2].detach().double() for x in leaves))   # of two heads
-        least = 11 * dy.nbytes + 3 * leaves[3].nbytes       # q k v a -> y; these, dy -> dq dk dv da
-        for form, function in FORMS.items():
-            if form != "naive" or L <= 4096:
-                judge = None if function is flash_attention else want
-                yield form, function, leaves, dy, least, judge
-
-
-def piece_cases(lengths, H, dtype, device):
-    for L in lengths:
-        leaves, dy = example(L, 1, H, 64, dtype, device)
-        for pieces in (1, pieces_of(leaves[2], 1)):
-            function = functools.partial(ssd_triton, pieces=pieces)
-            yield f"in {pieces} pieces", function, leaves, dy, 0, None
-
-
-def orientation_cases(lengths, tokens, H, dtype, device):
-    for L in lengths:
-        (q, k, v, a), _ = example(L, max(1, tokens // L), H, 64, dtype, device)
-        D = torch.ones(H, device=device, requires_grad=True)
-        teacher = v.detach(), v.detach(), 0.125
-        for form, function in (("naive", orientation_loss_naive), ("tiles", orientation_loss)):
-            yield form, functools.partial(function, *teacher), (q, k, a, D), a.new_ones(()), 0, None
-
-
-def measure(form, function, leaves, dy, least, want, device, copy):
-    """-> one row of the table, and what kept it from having all its figures, if anything did"""
-    def backward(y):
-        return torch.autograd.grad(y, leaves, dy, retain_graph=True, allow_unused=True)
-
-    forward_ms = backward_ms = peak = error = math.nan
-    wrong = None
-    try:
-        with torch.no_grad():
-            y = function(*leaves)
-            error = math.nan if want is None else rel(y[:1, :, :2], want)
-            forward_ms = milliseconds(lambda: function(*leaves), device)
-        y = function(*leaves)
-        backward_ms = milliseconds(lambda: backward(y), device)
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            backward(function(*leaves))
-            peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-    except Exception as why:                # not installed, not for this device, out of memory
-        wrong = f"{type(why).__name__}: {why}".split("\n")[0]
-    both = forward_ms + backward_ms
-    return {"L": leaves[0].shape[1], "B": len(leaves[0]), "form": form, "forward ms": forward_ms,
-            "backward ms": backward_ms, "both ms": both, "least GB": least / 1e9,
-            "of copying": least / 1e6 / copy / both, "peak MB": peak, "error": error}, wrong
-
-
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", help="also write what was measured to this file")
-    parser.add_argument("--lengths", type=int, nargs="+", help="tokens in a row [512 ... 65536]")
-    parser.add_argument("--tokens", type=int, help="tokens in all [16,384 on a GPU, else 4,096]")
-    parser.add_argument("--orientation_lengths", type=int, nargs="+", default=[512, 1024, 2048])
-    args, cuda = parser.parse_args(arguments), torch.cuda.is_available()
-    device, H, tokens, dtype = (("cuda", 32, 2**14, torch.bfloat16) if cuda
-                                else ("cpu", 8, 2**12, torch.float32))
-    name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    block = torch.empty(2**28, dtype=torch.uint8, device=device)
-    copy = 2 * block.numel() / milliseconds(block.clone, device) / 1e6
-    about = {"device": name, "copying, GB/s": round(copy, 1), "dtype": str(dtype),
-             "H": H, "G": H, "P": 64, "N": 64,
-             "torch": torch.__version__, "triton": triton and triton.__version__}
-    print(" | ".join(f"{key} {value}" for key, value in about.items()))
-    setting, tokens = (H, dtype, device), args.tokens or tokens
-    lengths = args.lengths or [2**n for n in range(9, 17)]
-    tables = {"SSD": ssd_cases(lengths, tokens, *setting),
-              "SSD, one row: one program for each head, and enough to fill the GPU":
-                  piece_cases(lengths, *setting) if cuda else (),
-              "orientation loss": orientation_cases(args.orientation_lengths, tokens, *setting)}
-    left_out = about["left out"] = {}
-    for title, cases in tables.items():
-        print(f"\n{title}" + ("" if cases else ": on a GPU only"))
-        about[title] = rows = []
-        for case in cases:
-            row, wrong = measure(*case, device, copy)
-            if wrong:
-                left_out.setdefault(f"{row['form']}, L {row['L']}", wrong)
-            if math.isnan(row["forward ms"]):
-                continue
-            if not rows:
-                print("".join(f"{key:>{WIDTHS.get(key, 13)}}" for key in row))
-            rows.append(row)
-            print("".join(f"{value:>{WIDTHS.get(key, 13)}{form}}" for (key, value), form in zip(
-                row.items(), ("", "", "", ".3f", ".3f", ".3f", ".3f", ".1%", ",.0f", ".1e"),
-                strict=True)), flush=True)
-    print()
-    for form, why in left_out.items():
-        print(f"left out: {form}: {why}")
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(about, file, indent=1)
-
-
-def rel(got, want):
-    """RMS error as a share of the signal"""
-    return ((got - want).square().mean() / want.square().mean()).sqrt().item()
-
-
-if __name__ == "__main__":
-    main()

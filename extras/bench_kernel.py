@@ -1,0 +1,213 @@
+"""The forms of SSD, the losses of stages 1, and their peers, timed on this machine.
+
+Run:  python -m extras.bench_kernel                 # anywhere; the figures that matter need a GPU
+      python -m extras.bench_kernel --lengths 512 2048 --json kernels.json
+
+Forward, backward, both; the least number of bytes that both must move, and the time a plain copy of
+so many bytes takes, as a share of the time taken (100% cannot be beaten); the peak of memory, and
+the error against fp64. Peers that are not installed, or do not run here, are named at the end.
+"""
+import functools
+import json
+import math
+import time
+
+import torch
+
+from prepare import Parser, run_program
+from ssd_kernel import (
+    orientation_loss,
+    orientation_loss_naive,
+    pieces_of,
+    ssd_chunked,
+    ssd_naive,
+    ssd_triton,
+    triton,
+)
+
+
+# -----------------------------------------------------------------------------
+# the peers
+
+def flash_attention(q, k, v, a):
+    """Not the same function: the one to be replaced."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def mamba_ssm(q, k, v, a):
+    """The authors' kernels, called as Phi-Mamba does: v is divided by a step that they put back."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as kernels
+    return kernels(v / -a[..., None].to(v.dtype), -a, a.new_full(a.shape[2:], -1.0), k, q, 128)
+
+
+def minimal(q, k, v, a):
+    """The authors' chunked form in PyTorch."""
+    from mamba_ssm.modules.ssd_minimal import ssd_minimal_discrete
+    return ssd_minimal_discrete(v, a, k, q, 64)[0]
+
+
+def fla(q, k, v, a):
+    from fla.ops.simple_gla import chunk_simple_gla
+    return chunk_simple_gla(q, k, v, g=a, scale=1.0)[0]
+
+
+FORMS = {"naive": ssd_naive, "chunked": ssd_chunked, "triton": ssd_triton,
+         "attention, flash": flash_attention, "mamba_ssm": mamba_ssm, "its minimal": minimal,
+         "fla": fla}
+
+
+# -----------------------------------------------------------------------------
+# the cases: form, function, its arguments, gradient of its output, least bytes, what y should be
+
+def example(L, B, H, P, dtype, device):
+    """-> q, k, v (B, L, H, P), a (B, L, H), ready for gradients, and a gradient of y"""
+    draw = torch.Generator(device).manual_seed(0)
+    q, k, v, dy = (torch.randn(B, L, H, P, generator=draw, device=device) for _ in range(4))
+    a = -torch.rand(B, L, H, generator=draw, device=device)
+    leaves = q.to(dtype), (k / P**0.5).to(dtype), v.to(dtype), a
+    return [x.requires_grad_() for x in leaves], dy.to(dtype)
+
+
+def ssd_cases(lengths, tokens, H, dtype, device):
+    for L in lengths:
+        leaves, dy = example(L, max(1, tokens // L), H, 64, dtype, device)
+        want = ssd_chunked(*(x[:1, :, :2].detach().double() for x in leaves))   # of two heads
+        least = 11 * dy.nbytes + 3 * leaves[3].nbytes       # q k v a -> y; these, dy -> dq dk dv da
+        for form, function in FORMS.items():
+            if form != "naive" or L <= 4096:
+                judge = None if function is flash_attention else want
+                yield form, function, leaves, dy, least, judge
+
+
+def piece_cases(lengths, H, dtype, device):
+    """One row: one program for each head, and enough programs to fill the GPU"""
+    for L in lengths:
+        leaves, dy = example(L, 1, H, 64, dtype, device)
+        for pieces in (1, pieces_of(leaves[2], 1)):
+            function = functools.partial(ssd_triton, pieces=pieces)
+            yield f"in {pieces} pieces", function, leaves, dy, 0, None
+
+
+def orientation_cases(lengths, tokens, H, dtype, device):
+    for L in lengths:
+        (q, k, v, a), _ = example(L, max(1, tokens // L), H, 64, dtype, device)
+        D = torch.ones(H, device=device, requires_grad=True)
+        teacher = v.detach(), v.detach(), 0.125
+        for form, function in (("naive", orientation_loss_naive), ("tiles", orientation_loss)):
+            yield form, functools.partial(function, *teacher), (q, k, a, D), a.new_ones(()), 0, None
+
+
+# -----------------------------------------------------------------------------
+# the clock
+
+def milliseconds(run, device):
+    """The median of many runs: on a CPU of up to 20, for at most a second; on a GPU each run finds
+    the cache cleared."""
+    if device == "cuda":
+        return triton.testing.do_bench(run, return_mode="median")
+    run()
+    times = []                                              # ms
+    while not times or sum(times) < 1000 and len(times) < 20:
+        start = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times)[len(times) // 2]
+
+
+def measure(form, function, leaves, dy, least, want, device, copy_speed):
+    """-> one row of the table, and what kept it from having all its figures, if anything did"""
+    def backward(y):
+        return torch.autograd.grad(y, leaves, dy, retain_graph=True, allow_unused=True)
+
+    forward_ms = backward_ms = peak = error = math.nan
+    why = None
+    try:
+        with torch.no_grad():
+            y = function(*leaves)
+            error = math.nan if want is None else rel(y[:1, :, :2], want)
+            forward_ms = milliseconds(lambda: function(*leaves), device)
+        y = function(*leaves)
+        backward_ms = milliseconds(lambda: backward(y), device)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            backward(function(*leaves))
+            peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    except Exception as caught:             # not installed, not for this device, out of memory
+        why = f"{type(caught).__name__}: {caught}".split("\n")[0]
+    both = forward_ms + backward_ms
+    return {"L": leaves[0].shape[1], "B": len(leaves[0]), "form": form, "forward ms": forward_ms,
+            "backward ms": backward_ms, "both ms": both, "least GB": least / 1e9,
+            "of copying": least / 1e6 / copy_speed / both, "peak MB": peak, "error": error}, why
+
+
+def rel(got, want):
+    """RMS error as a share of the signal"""
+    return ((got - want).square().mean() / want.square().mean()).sqrt().item()
+
+
+WIDTHS = {"L": 6, "B": 4, "form": 18}
+FORMATS = {"forward ms": ".3f", "backward ms": ".3f", "both ms": ".3f", "least GB": ".3f",
+           "of copying": ".1%", "peak MB": ",.0f", "error": ".1e"}
+
+
+def print_table(cases, device, copy_speed, left_out):
+    """Measure the cases one by one -> the rows. left_out: {case: why}, added to"""
+    rows = []
+    for case in cases:
+        row, why = measure(*case, device, copy_speed)
+        if why:
+            left_out.setdefault(f"{row['form']}, L {row['L']}", why)
+        if math.isnan(row["forward ms"]):
+            continue
+        if not rows:
+            print("".join(f"{key:>{WIDTHS.get(key, 13)}}" for key in row))
+        rows.append(row)
+        cells = [f"{value:>{WIDTHS.get(key, 13)}{FORMATS.get(key, '')}}"
+                 for key, value in row.items()]
+        print("".join(cells), flush=True)
+    return rows
+
+
+def main(arguments=None):
+    parser = Parser(__doc__)
+    parser.add_argument("--json", help="also write what was measured to this file")
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens in a row [512 ... 65536]")
+    parser.add_argument("--tokens", type=int, help="tokens in all [16,384 on a GPU, else 4,096]")
+    parser.add_argument("--orientation_lengths", type=int, nargs="+", default=[512, 1024, 2048])
+    args = parser.parse_args(arguments)
+    device, H, tokens, dtype = "cpu", 8, 2**12, torch.float32
+    name = f"{torch.get_num_threads()} CPU threads"
+    if torch.cuda.is_available():
+        device, H, tokens, dtype = "cuda", 32, 2**14, torch.bfloat16
+        name = torch.cuda.get_device_name()
+    block = torch.empty(2**28, dtype=torch.uint8, device=device)
+    copy_speed = 2 * block.numel() / milliseconds(block.clone, device) / 1e6         # GB/s
+    about = {"device": name, "copying, GB/s": round(copy_speed, 1), "dtype": str(dtype),
+             "H": H, "G": H, "P": 64, "N": 64,
+             "torch": torch.__version__, "triton": triton and triton.__version__}
+    print(" | ".join(f"{key} {value}" for key, value in about.items()))
+    tokens = args.tokens or tokens
+    lengths = args.lengths or [2**n for n in range(9, 17)]
+    tables = {"SSD": ssd_cases(lengths, tokens, H, dtype, device),
+              "SSD, one row in pieces": piece_cases(lengths, H, dtype, device),
+              "orientation loss": orientation_cases(args.orientation_lengths, tokens, H, dtype,
+                                                    device)}
+    left_out = about["left out"] = {}
+    for title, cases in tables.items():
+        if "pieces" in title and device == "cpu":
+            print(f"\n{title}: on a GPU only")
+            continue
+        print(f"\n{title}")
+        about[title] = print_table(cases, device, copy_speed, left_out)
+    print()
+    for form, why in left_out.items():
+        print(f"left out: {form}: {why}")
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(about, file, indent=1)
+
+
+if __name__ == "__main__":
+    run_program(main)

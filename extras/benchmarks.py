@@ -1,0 +1,161 @@
+"""Benchmarks of lm-evaluation-harness [1], for teacher and student side by side.
+
+Run:  pip install "lm-eval[hf]"
+      python -m extras.benchmarks out/phi --tasks paper              # the paper's six, zero-shot
+      python -m extras.benchmarks out/tiny --tasks mine --include_path ~/tasks       # your own
+
+The harness's own class for models of transformers, HFLM, runs both: the teacher is such a model,
+and so is the class that extras/export.py writes. No beginning-of-text token is added: the
+distillation had none. Where a text has nothing before it, an end of text stands there, as in the
+shards.
+
+`paper` prints the paper's table again, with the share of its teacher's score that a student keeps.
+
+[1] https://github.com/EleutherAI/lm-evaluation-harness    [2] MOHAWK, arXiv 2408.10189
+"""
+import difflib
+import importlib.util
+import logging
+import math
+from pathlib import Path
+
+import torch
+
+from eval import EvaluatedRun, add_run_flags, show
+from extras.export import MohawkConfig, MohawkForCausalLM
+from model_ssm import UsageError, first_line, go_offline_if_unreachable, write_config
+from prepare import Parser, at_least_one, byte_tokenizer, run_program
+
+PAPER = {"winogrande": "acc", "arc_easy": "acc", "arc_challenge": "acc_norm", "piqa": "acc",
+         "hellaswag": "acc_norm", "lambada_openai": "acc"}
+PUBLISHED = {"Phi-1.5 [2]": (73.4, 75.6, 48.0, 76.6, 62.6, 53.4),           # in %, zero-shot
+             "Phi-Mamba [2]": (71.7, 74.0, 44.1, 75.5, 60.2, 50.1)}
+TOKENS_AT_ONCE = 2**14      # in a batch, padding included
+
+
+def harness_model(model, tokenizer, context):
+    """A model of transformers -> what the harness asks"""
+    from lm_eval.models.huggingface import HFLM
+    hf = tokenizer.hf or byte_tokenizer(tokenizer.eot)
+    hf.pad_token = hf.pad_token or hf.eos_token
+    model.generation_config.eos_token_id = list(tokenizer.stop_ids)
+    model.generation_config.pad_token_id = tokenizer.eot
+    return HFLM(pretrained=model, tokenizer=hf, max_length=context, add_bos_token=False,
+                prefix_token_id=tokenizer.eot, batch_size=max(1, TOKENS_AT_ONCE // context))
+
+
+def as_transformers(student):
+    """The student, with its own weights, as the class that an export has"""
+    config = MohawkConfig(**write_config(student.config), vocab_size=student.config.vocab_size)
+    with torch.device("meta"):
+        model = MohawkForCausalLM(config)
+    model.backbone, model.lm_head = student.backbone, student.lm_head
+    model.__dict__["ssm"] = student
+    return model.eval()
+
+
+def scores(run, names, include_path=None, limit=None):
+    """-> {"teacher" | "student": {(task, metric): score}}, {task: number of its examples}"""
+    missing = [p for p in ("lm_eval", "accelerate") if not importlib.util.find_spec(p)]
+    if missing:
+        raise UsageError('--tasks needs lm-eval: pip install "lm-eval[hf]"')
+    from lm_eval import simple_evaluate
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)        # a line for every default it takes
+    go_offline_if_unreachable()
+    names = [task for name in names for task in (PAPER if name == "paper" else [name])]
+    manager = task_files(names, include_path)
+
+    def evaluate(model):
+        return simple_evaluate(model, tasks=names, task_manager=manager, limit=limit,
+                               bootstrap_iters=0, log_samples=False)
+
+    run.teacher.model.set_attn_implementation("sdpa")           # it knows padding
+    models = {"teacher": run.teacher.model, "student": as_transformers(run.student)}
+    found = {}
+    try:
+        evaluate("dummy")   # the harness's own, it answers anything: a mistake in a task file shows
+                            # before hours are spent
+        for name, model in models.items():
+            results = evaluate(harness_model(model, run.tokenizer, run.context))
+            found[name] = numbers_of(results["results"])
+    except Exception as error:                      # whatever a template or a metric may raise
+        raise UsageError(f"--tasks {' '.join(names)}: {type(error).__name__}: "
+                         f"{first_line(error)}") from error
+    return found, {task: row["effective"] for task, row in results["n-samples"].items()}
+
+
+def numbers_of(results):
+    """{task: {"acc,none": number, ...}} -> {(task, "acc"): number}; none is the filter's name"""
+    numbers = {}
+    for task, row in results.items():
+        for key, value in row.items():
+            if "," in key and "_stderr" not in key and isinstance(value, float | int):
+                numbers[task, key.removesuffix(",none")] = value
+    return numbers
+
+
+def task_files(names, include_path):
+    """-> the harness's TaskManager, which knows all these names"""
+    import yaml
+    from lm_eval.tasks import TaskManager
+    manager = None
+    if include_path:
+        if not Path(include_path).is_dir():
+            raise UsageError(f"--include_path {include_path}: no such folder")
+        for file in sorted(Path(include_path).rglob("*.yaml")):
+            try:                    # the harness passes over what it cannot read, without a word
+                yaml.compose(file.read_text("utf-8"))
+            except yaml.YAMLError as error:
+                raise UsageError(f"{file}: {' '.join(str(error).split())[:200]}") from error
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+    if not manager or set(names) - set(manager.all_tasks):
+        manager = TaskManager(include_path=include_path)        # thousands of files: seconds
+    for name in set(names) - set(manager.all_tasks):
+        near = difflib.get_close_matches(name, manager.all_tasks, 3)
+        raise UsageError(f"--tasks: lm-eval knows no {name}"
+                         + (f"; it knows {', '.join(near)}" if near else ""))
+    return manager
+
+
+def show_scores(names, found, examples):
+    """The scores of both models; for `paper` beside the published ones"""
+    others = list(found["student"])
+    if "paper" in names:
+        others = [key for key in others if key not in PAPER.items()]
+        show(["zero-shot, %", *PAPER, "mean"], ["", *PAPER.values(), ""],
+             ["examples", *(f"{examples[task]:,}" for task in PAPER), ""],
+             *paper_rows({name: [100 * found[name][key] for key in PAPER.items()]
+                          for name in found}), *paper_rows(PUBLISHED))
+    if others:
+        rows = []
+        for key in others:
+            number = f"{examples[key[0]]:,}" if key[0] in examples else ""
+            rows.append([*key, *(f"{found[name][key]:.5g}" for name in found), number])
+        show(["task", "metric", "teacher", "student", "examples"], *rows)
+
+
+def paper_rows(pair):
+    """{teacher: six scores, student: six scores} -> a row for each, and one for the shares"""
+    rows, values = [], []
+    for name, scores in pair.items():
+        values.append([*scores, sum(scores) / len(scores)])
+        rows.append([name, *(f"{x:.1f}" for x in values[-1])])
+    kept = [y / x if x else math.nan for x, y in zip(*values, strict=True)]
+    return [*rows, ["recovered", *(f"{share:.1%}" for share in kept)]]
+
+
+def main(arguments=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add_run_flags(add)
+    add("--tasks", nargs="+", metavar="TASK", required=True,
+        help="names that lm-eval knows, or paper for the paper's six")
+    add("--include_path", help="a folder with task files of your own")
+    add("--limit", type=at_least_one, help="only so many examples of each task [all]")
+    args = parser.parse_args(arguments)
+    run = EvaluatedRun(args)
+    show_scores(args.tasks, *scores(run, args.tasks, args.include_path, args.limit))
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,141 @@
+"""Run a grid of distil runs with several seeds, and tabulate what came of them.
+
+Run:  python -m extras.objectives          # a study is a dict of flags; these two have one
+      python -m extras.mixers
+
+A finished run is not run again. The same command in a second process takes other runs, and the last
+process to finish writes results/study-<name>.md. Flags given on the command line are added to every
+run; those that a run has of its own are refused.
+"""
+import argparse
+import contextlib
+import itertools
+import json
+import platform
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import filelock
+import torch
+
+import distill
+from eval import choose_device, pass_keys, retrieval
+from model_ssm import SSM, UsageError
+from prepare import Parser, Tokenizer, count, run_program
+
+MAY_DIFFER = {"--tokens", "--lr"}       # flags of single runs that the command line may replace
+
+
+def run_study(name, cells, common, header, arguments=None):
+    """cells: {name: its flags}   common: flags of all   header: the docstring that -h shows"""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = Parser(header)
+    parser.add_argument("--seeds", type=count, nargs="+", default=[0, 1, 2], help="[0 1 2]")
+    args, rest = parser.parse_known_args(arguments)
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UsageError(f"--seeds {' '.join(map(str, args.seeds))}: one of them comes twice")
+    check_flags(name, cells, rest)
+    runs = []
+    for seed, cell in itertools.product(args.seeds, cells):
+        folder = run_folder(name, cell, seed, rest)
+        flags = [*shlex.split(common), *shlex.split(cells[cell]), *rest,
+                 "--seed", str(seed), "--out", str(folder)]
+        distill.parse(flags)                            # mistakes, before the first hour is spent
+        runs.append((cell, folder, flags))
+    for number, (cell, folder, flags) in enumerate(runs, 1):
+        run_cell(f"run {number} of {len(runs)} | {cell}", folder, flags)
+    missing = [cell for cell, folder, _ in runs if not (folder / "row.json").exists()]
+    if missing:
+        print(f"\nother processes are at work on {', '.join(missing)}: the last one tabulates")
+    else:
+        tabulate(name, runs, args.seeds, rest, arguments)
+
+
+def check_flags(name, cells, rest):
+    """UsageError for a flag that the study's runs have of their own"""
+    own = {"--out", "--seed"}
+    for flags in cells.values():
+        own |= {word for word in flags.split() if word.startswith("--")}
+    given = {word.split("=")[0] for word in rest}
+    if wrong := sorted((own - MAY_DIFFER) & given):
+        raise UsageError(f"leave out {', '.join(wrong)}: the runs of the study {name} say that "
+                         "themselves")
+
+
+def study_name(name, rest):
+    """What its folder and its table are called; with another preset it is another study."""
+    preset = argparse.ArgumentParser(add_help=False)
+    preset.add_argument("--preset", default="tiny")
+    preset = preset.parse_known_args(rest)[0].preset
+    return f"study-{name}" + (f"-{preset}" if preset != "tiny" else "")
+
+
+def run_folder(name, cell, seed, rest):
+    return Path("out") / study_name(name, rest) / re.sub(r"\W+", "-", cell) / str(seed)
+
+
+def run_cell(title, folder, flags):
+    """One run, unless it is finished or another process is at it"""
+    row = folder / "row.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(filelock.FileLock(folder / ".cell", timeout=0))
+        except filelock.Timeout:
+            return
+        if row.exists():
+            before = json.loads(row.read_text(encoding="utf-8"))["flags"]
+            if before != flags:
+                raise UsageError(f"{folder} was finished as {shlex.join(before)}, not as "
+                                 f"{shlex.join(flags)}: give that command, or remove the folder")
+            return
+        print(f"\n{title}")
+        distill.main(flags)
+        text = json.dumps({"flags": flags} | row_of(folder, distill.parse(flags))) + "\n"
+        row.write_text(text, encoding="utf-8")
+
+
+def row_of(folder, args):
+    """What the table says of a finished run"""
+    stage = folder / f"stage{args.stage[-1]}"
+    student, about = SSM.from_pretrained(stage).eval(), distill.read_about(stage)
+    device = choose_device(args.device)[0]
+    states = [student.layers[i].mixer.initial_state(1) for i in student.ssm_layers]
+    state_bytes = sum(x.nbytes for x in itertools.chain(*states)) // len(states)
+    keys = pass_keys(Tokenizer(args.teacher), args.context // 4, 64)
+    return {name: about[name] for name in ("loss", "kl", "top1", "seconds")} | {
+        "key": retrieval(student.to(device), keys, device)[1],
+        "parameters": sum(p.numel() for p in student.parameters()), "state": state_bytes}
+
+
+def tabulate(name, runs, seeds, rest, arguments):
+    """Mean over the seeds, +- half the range"""
+    lines = [f"| {name} | val loss | KL | top-1 | key | parameters | state, bytes per layer "
+             "| seconds |", "|---" * 8 + "|"]
+    for cell in dict.fromkeys(cell for cell, _, _ in runs):
+        rows = [json.loads((run_folder(name, cell, seed, rest) / "row.json").read_text("utf-8"))
+                for seed in seeds]
+        lines.append(f"| {cell} | {summary(rows, 'loss', '.4f')} | {summary(rows, 'kl', '.4f')} | "
+                     f"{summary(rows, 'top1', '.1%')} | {summary(rows, 'key', '.2%')} | "
+                     f"{rows[0]['parameters']:,} | {rows[0]['state']:,} | "
+                     f"{summary(rows, 'seconds', '.0f')} |")
+    path = Path("results") / f"{study_name(name, rest)}.md"
+    path.parent.mkdir(exist_ok=True)
+    command = f"python -m extras.{name} {shlex.join(arguments)}".strip()
+    path.write_text("\n".join([f"`{command}`, seeds {', '.join(map(str, seeds))}; torch "
+                               f"{torch.__version__}, {platform.processor() or platform.machine()}",
+                               "", *lines]) + "\n", encoding="utf-8")
+    print("\n" + path.read_text("utf-8") + f"\nsaved {path}")
+
+
+def summary(rows, key, form):
+    values = [row[key] for row in rows]
+    mean = sum(values) / len(values)
+    half_range = (max(values) - min(values)) / 2
+    return f"{mean:{form}}" + (f" ± {half_range:{form}}" if len(rows) > 1 else "")
+
+
+def main(name, cells, common, header):
+    run_program(lambda: run_study(name, cells, common, header))

@@ -1,0 +1,206 @@
+"""PNG files of a run: matrices, losses, distances by layer, speed. Needs matplotlib.
+
+Run:  python -m extras.pictures out/tiny
+      python -m extras.pictures out/tiny --heads 2:0 2:5 --picture_tokens 128
+
+    matrices.png      who attends to whom: the teacher, and the student after each stage
+    differences.png   student - teacher
+    loss.png          what each stage minimises, against tokens
+    layers.png        the distances of `python eval.py out/tiny`, layer by layer, after each stage
+    speed.png         if there is a speed.json: `python eval.py out/tiny --speed` writes it
+"""
+import argparse
+import contextlib
+import json
+import math
+import re
+import statistics
+
+from distill import init_student
+from eval import EvaluatedRun, add_run_flags, layer_distances
+from model_ssm import SSM, UsageError
+from prepare import Parser, at_least_one, run_program
+
+
+@contextlib.contextmanager
+def figure(path, title, rows, columns, width, height):
+    """Gives matplotlib's pyplot, a figure and its axes (rows, columns), and saves it at the end."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UsageError("pictures need matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    sheet, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False,
+                               layout="constrained")
+    yield plt, sheet, axes
+    sheet.suptitle(title, fontsize=10)
+    sheet.savefig(path, dpi=110)
+    plt.close(sheet)
+    print(f"saved {path}")
+
+
+def draw_matrices(path, title, rows, heads, signed=False):
+    """rows: {model: [a matrix (L, L) for each (layer, head) of heads]}; magnitudes on a log scale,
+    or signed differences"""
+    size = 2.1 * len(heads) + 0.9, 2.1 * len(rows) + 0.5
+    with figure(path, title, len(rows), len(heads), *size) as (plt, sheet, axes):
+        colours = plt.matplotlib.colors
+        if signed:
+            scale = dict(cmap="RdBu_r", norm=colours.SymLogNorm(0.01, vmin=-1, vmax=1))
+            label = "student's weight - teacher's, linear within 0.01, log beyond"
+        else:
+            scale = dict(cmap="magma", norm=colours.LogNorm(1e-3, 1))
+            label = "|weight of token j for token i|, log scale"
+        for row, (name, matrices) in zip(axes, rows.items(), strict=True):
+            for axis, matrix in zip(row, matrices, strict=True):
+                shown = matrix if signed else matrix.abs().clamp_min(1e-3)
+                image = axis.imshow(shown.numpy(), **scale)
+                axis.set(xticks=[], yticks=[])
+            row[0].set_ylabel(name, fontsize=9)
+        for axis, (layer, head) in zip(axes[0], heads, strict=True):
+            axis.set_title(f"layer {layer}, head {head}", fontsize=9)
+        sheet.colorbar(image, ax=axes, shrink=0.6, extend="both", label=label)
+
+
+def draw_lines(path, title, panels, marker="o", contexts=False):
+    """panels: {title: (x label, y label, {name: (x, y)})}; contexts, and what spans more than a
+    factor of 10, on a log scale"""
+    with figure(path, title, 1, len(panels), 9, 3.2) as (plt, sheet, axes):
+        ticker = plt.matplotlib.ticker
+        for axis, (name, (x_label, y_label, lines)) in zip(axes[0], panels.items(), strict=True):
+            positive = []
+            for label, (x, y) in lines.items():
+                axis.plot(x, y, marker=marker, markersize=3, linewidth=1.2, label=label)
+                positive += [value for value in y if value > 0]
+            axis.set(title=name, xlabel=x_label, ylabel=y_label)
+            if positive and max(positive) > 10 * min(positive):
+                axis.set_yscale("log")
+                axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            if contexts:
+                axis.set_xscale("log", base=4)
+            elif marker:
+                axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))      # layers
+            for numbers in (axis.yaxis, axis.xaxis)[:1 + contexts]:
+                numbers.set_major_formatter(lambda x, _: f"{x:,.10g}")
+                numbers.set_minor_locator(ticker.NullLocator())
+            axis.grid(alpha=0.3)
+        if len(lines) > 1:
+            sheet.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+
+
+def draw_losses(path, title, log):
+    """log: the events of log.jsonl. A point is the mean of 1% of a stage's steps."""
+    log, panels = list(log), {}
+    for stage, unit in ((1, "Frobenius distance"), (2, "distance"), (3, "KL, nats a token")):
+        events = [event for event in log if event["stage"] == f"stage {stage}"]
+        n = max(1, len(events) // 100)
+        x, y = [], []
+        for i in range(0, len(events) - n + 1, n):
+            x.append(statistics.mean(e["tokens"] for e in events[i:i + n]) * 1e-6)
+            y.append(statistics.mean(e["loss"] for e in events[i:i + n]))
+        panels[f"stage {stage}"] = "tokens, millions", unit, {"": (x, y)}
+    draw_lines(path, title, panels, marker="")
+
+
+def draw_layers(path, title, distances):
+    """distances: {model: rows of layer_distances}"""
+    panels = {}
+    for name in ("matrix", "block", "drift"):
+        lines = {}
+        for model, rows in distances.items():
+            shares = [math.nan if row[name] is None else 100 * row[name] for row in rows]
+            lines[model] = range(len(rows)), shares
+        panels[name] = "layer", "% of the teacher's answer", lines
+    draw_lines(path, title, panels)
+
+
+def draw_speed(folder):
+    """speed.json, of {model: rows of pace} and a title -> speed.png"""
+    models = json.loads((folder / "speed.json").read_text(encoding="utf-8"))
+    title, panels = models.pop("title"), {}
+    for name, key, unit, scale in (("reading", "prefill", "tokens/s", 1),
+                                   ("writing", "decode", "tokens/s", 1),
+                                   ("memory", "peak", "peak MB, weights included", 1e6)):
+        lines = {}
+        for model, rows in models.items():
+            lines[model] = ([row["context"] for row in rows], [row[key] / scale for row in rows])
+        panels[name] = "tokens of context", unit, lines
+    draw_lines(folder / "speed.png", title, panels, contexts=True)
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    run = EvaluatedRun(args)
+    if not (run.folder / "log.jsonl").is_file():
+        raise UsageError(f"pictures are of a run of distill.py, and {run.folder} is only a model")
+    students = {"as copied": init_student(run.args, run.teacher, run.calibration_tokens())}
+    for n in (1, 2, 3):
+        if (stage := run.folder / f"stage{n}").is_dir():
+            students[f"after stage {n}"] = SSM.from_pretrained(stage)
+    for student in students.values():
+        student.to(run.device)
+    heads = choose_heads(args, students["as copied"])
+    windows = run.windows(run.context)
+    draw_all_matrices(run, students, heads, windows[:1, :args.picture_tokens].to(run.device))
+    log = (run.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    draw_losses(run.folder / "loss.png", f"{run.folder}: what each stage minimises",
+                map(json.loads, log))
+    tokens = windows[:16, :-1].to(run.device)
+    draw_layers(run.folder / "layers.png", f"{run.folder}: distance to the teacher (zeros: 100%)",
+                {name: layer_distances(student, run.teacher, tokens)
+                 for name, student in students.items()})
+    if (run.folder / "speed.json").is_file():
+        draw_speed(run.folder)
+
+
+def choose_heads(args, student):
+    """-> [(layer, head), ...]: those asked for, or one of each of four layers"""
+    layers, H = student.ssm_layers, student.config.n_head
+    some = layers[::max(1, len(layers) // 4)][:4]
+    heads = args.heads or [(layer, n % H) for n, layer in enumerate(some)]
+    for layer, head in heads:
+        if layer not in layers or head >= H:
+            names = ", ".join(map(str, layers))
+            raise UsageError(f"--heads {layer}:{head}: there are layers {names} to draw, "
+                             f"and heads 0 to {H - 1}")
+    return heads
+
+
+def draw_all_matrices(run, students, heads, tokens):
+    inputs = dict(run.teacher.inputs(tokens, only={layer for layer, _ in heads}))
+    matrices = {}
+    for name, model in ({"teacher": run.teacher} | students).items():
+        matrices[name] = [model.matrix(i, inputs[i])[0, h].detach().cpu() for i, h in heads]
+    text = f"{run.folder}, {tokens.shape[1]} tokens of held-out text (row i attends to column j)"
+    draw_matrices(run.folder / "matrices.png", f"Who attends to whom: {text}", matrices, heads)
+    target = matrices.pop("teacher")
+    for name, drawn in matrices.items():
+        matrices[name] = [x - y for x, y in zip(drawn, target, strict=True)]
+    draw_matrices(run.folder / "differences.png", f"Student - teacher: {text}", matrices, heads,
+                  signed=True)
+
+
+def layer_and_head(text):
+    """
+    >>> layer_and_head("3:0")
+    (3, 0)
+    """
+    if not re.fullmatch(r"\d+:\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not LAYER:HEAD, such as 2:0")
+    layer, head = text.split(":")
+    return int(layer), int(head)
+
+
+def parse(arguments=None):
+    parser = Parser(__doc__)
+    add_run_flags(parser.add_argument)
+    parser.add_argument("--picture_tokens", type=at_least_one, default=64,
+                        help="side of a matrix [%(default)s]")
+    parser.add_argument("--heads", type=layer_and_head, nargs="+",
+                        help="to draw: LAYER:HEAD [of four layers]")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    run_program(main)
