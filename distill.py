@@ -130,7 +130,7 @@ def distillation_sums(student, teacher, h, h_t, next_token, temperature, hard):
     """
     with torch.autocast(h.device.type, enabled=False):      # logits in bf16 are off by percents
         logits = student.head(h.float())                                # (n, V)
-        logits_t = teacher.head(h_t).float()                              # (n, V)
+        logits_t = teacher.head(h_t).float()                            # (n, V)
         hard_loss = torch.zeros(())
         if hard:
             hard_loss = F.cross_entropy(logits, next_token, reduction="sum")
@@ -143,19 +143,21 @@ def distillation_sums(student, teacher, h, h_t, next_token, temperature, hard):
 
 
 class Stage(NamedTuple):
-    """A parameter is trained if one of `trainable` is part of its name, and none of `frozen`."""
+    """A row of STAGES: what a stage minimises, and what it trains"""
     loss_fn: Callable           # (student, teacher, tokens) -> yields (loss, relative)
-    trainable: tuple
-    frozen: tuple = ()
+    trainable: tuple            # a parameter is trained if one of these is part of its name
+    frozen: tuple = ()          # and none of these
     unreached: tuple = ()       # parts of in_proj that the loss does not depend on
-    unreached_in: str = "all"   # ... in all SSM layers, or in the "last"
+    unreached_in: str = "all"   # in all SSM layers, or in the "last"
     autocast: bool = True       # to bf16, where the device is faster in it
     check: Callable = None      # (student's config, teacher's): UsageError if they do not suit it
 
 
 STAGES = {
+    # A mixing matrix is made of q, k and a. Its entries are small differences, so it stays in fp32.
     1: Stage(matrix_orientation, ("mixer.in_proj", "mixer.conv1d", "mixer.D"),
              unreached=("v", "z"), autocast=False),
+    # A layer that keeps attention is the teacher's own: it has nothing to align.
     2: Stage(hidden_state_alignment, ("mixer.",), frozen=("mixer.self_attn",)),
     3: Stage(knowledge_distillation, ("",)),
 }
@@ -183,6 +185,7 @@ RECIPE = ("init", "shares", "lr", "warmup", "decay")    # what --recipe takes fr
 # A run, from its command to its report.
 
 def main(arguments=None):
+    """Data, teacher, student, then stage after stage. What was stopped goes on where it was."""
     args = parse(arguments)
     if is_finished(args):
         return show_finished(args)
@@ -226,7 +229,8 @@ def run_stage(run, number, student, about, teacher, data, windows):
 
     about: tokens and seconds spent before   windows (n, L + 1): held-out tokens to report on
     """
-    stage, budget, name = stage_table(run.args)[number], run.args.budgets[number], f"stage {number}"
+    name, stage = f"stage {number}", stage_table(run.args)[number]
+    budget = run.args.budgets[number]
     print(f"\n{name} of 3 | {first_line_of_doc(stage.loss_fn)}")
     with stop_on_signals(run):
         seconds = train(run, name, stage, student, teacher, data,
@@ -234,7 +238,8 @@ def run_stage(run, number, student, about, teacher, data, windows):
     row = compare(student, teacher, windows) | {
         "tokens": about["tokens"] + budget.tokens // budget.batch * budget.batch,
         "seconds": about["seconds"] + seconds}
-    folder, student = run.folder / f"stage{number}", gather_student(student)
+    folder = run.folder / f"stage{number}"
+    student = gather_student(student)
     if run.rank == 0:
         student.save_pretrained(folder, stage=number, teacher=teacher.name,
                                 teacher_fingerprint=teacher.fingerprint, **row)
@@ -289,7 +294,7 @@ def train(run, name, stage, student, teacher, data, offset, budget):
             raise UsageError(not_finite(name, step, offset, budget.batch // L, loss, gnorm))
         optimizer.step()
         optimizer.zero_grad()
-        for weight, rows, values in frozen_rows:
+        for weight, rows, values in frozen_rows:        # undo weight decay where no gradient is
             weight[rows] = values
         offset += budget.batch // L
 
@@ -309,6 +314,7 @@ def train(run, name, stage, student, teacher, data, offset, budget):
 
 
 def load_teacher(run, tokenizer, data, data_name):
+    """The teacher on its device. UsageError if the data has ids that it has no embedding for."""
     args = run.args
     teacher = Teacher.load(args.teacher, run.device, run.dtype).at(args.n_layer)
     rows = teacher.config.vocab_size
@@ -401,6 +407,7 @@ def student_config(args):
 
 
 def kept_attention(args, n_layer):
+    """--attn_layers as a tuple of numbers; not all layers may keep attention"""
     layers = layer_numbers(args.attn_layers, n_layer)
     if set(range(n_layer)) <= set(layers):
         raise UsageError("every layer keeps its attention: there is no mixer to teach")
@@ -408,6 +415,7 @@ def kept_attention(args, n_layer):
 
 
 def layer_numbers(names, n_layer):
+    """["4", "10"] -> (4, 10); ["all"] -> all of them; None -> ()"""
     if names == ["all"]:
         return tuple(range(n_layer))
     try:
@@ -450,6 +458,7 @@ def report(run, rows):
 
 
 def describe_row(row):
+    """What compare says of a student, in a line"""
     return f"val loss {row['loss']:.4f} | KL {row['kl']:.4f} | top-1 {row['top1']:.1%}"
 
 
@@ -460,6 +469,7 @@ def read_about(folder):
 
 
 def first_line_of_doc(loss_fn):
+    """What a stage does, in words: of a partial, its function's"""
     return getattr(loss_fn, "func", loss_fn).__doc__.splitlines()[0]
 
 
@@ -472,7 +482,10 @@ def stage_table(args):
         knowledge_distillation, loss=args.loss, temperature=args.temperature,
         hard_weight=args.hard_weight))}
     if args.objective:                      # one of extras/objectives.py takes stage 2's place
-        from extras.objectives import objective_stage
+        try:
+            from extras.objectives import objective_stage
+        except ImportError as error:
+            raise UsageError("--objective needs extras/objectives.py, which is missing") from error
         stages[2] = objective_stage(args.objective, stages)
     if args.train == "mixer":
         for number, stage in stages.items():
@@ -483,6 +496,7 @@ def stage_table(args):
 
 
 def is_trainable(name, stage, n_layer):
+    """name: of a parameter. LAST in a row of the table stands for the last layer's number."""
     def contains(parts):
         return any(part.replace("LAST", str(n_layer - 1)) in name for part in parts)
     return contains(stage.trainable) and not contains(stage.frozen)
@@ -558,6 +572,7 @@ def make_optimizer(params, args):
 
 
 def set_lr(optimizer, lr):
+    """One learning rate for all parameters"""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):       # torchao's: a float would be compiled in
             group["lr"].fill_(lr)
@@ -572,6 +587,7 @@ def clip_gradients(params, limit):
 
 
 def not_finite(name, step, offset, windows, loss, gnorm):
+    """The message for a loss or gradient that is NaN or infinite: where it was, and what to do"""
     cure = "try a lower --lr" if step else "no weight has changed yet, so look at the teacher's"
     return (f"{name} step {step + 1}, windows {offset} to {offset + windows - 1}: loss {loss}, "
             f"gradient norm {gnorm}; these weights were not saved, {cure}")
@@ -690,6 +706,7 @@ class Run:
         print(f"mfu counts from {self.peak / 1e12:.2f} TFLOP/s, {source}")
 
     def autocast(self, stage=None):
+        """The context a stage computes in: bf16 where the device is faster in it, else as it is"""
         enabled = self.bf16 and (stage is None or stage.autocast)
         return torch.autocast(self.device, torch.bfloat16, enabled=enabled)
 
@@ -748,11 +765,13 @@ class Run:
         self.file.flush()
 
     def log(self, event):
+        """One more line of log.jsonl, on the disk at once"""
         if self.rank == 0:
             self.file.write(json.dumps(event) + "\n")
             self.file.flush()
 
     def write_description(self, teacher, data_name):
+        """run.json: enough to repeat the run, and for eval.py to find its teacher and data"""
         try:
             commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True,
                                     cwd=Path(__file__).parent).stdout.decode("ascii").strip()
@@ -770,6 +789,7 @@ class Run:
 
 
 def run_folder(args):
+    """Where the run is written"""
     return Path(args.out or f"out/{args.preset}")
 
 
@@ -786,6 +806,7 @@ def is_finished(args):
 
 
 def show_finished(args):
+    """Nothing is left to do: the report once more"""
     folder = run_folder(args)
     print(f"{folder} is finished: this command has run to its end, and nothing was changed. "
           f"--fresh starts over\n\n{(folder / 'report.md').read_text(encoding='utf-8')}"
@@ -795,8 +816,10 @@ def show_finished(args):
 # Flags that say where, how fast and how much is kept. They may differ when a run goes on.
 NOT_RECIPE = {
     "out", "device", "fresh", "recompute", "save_minutes", "preset", "recipe", "tokens", "batch",
-    "lr", "budgets", "plans", "micro_batch", "stage", "fsdp", "compile", "plan", "bench", "world",
-    "study", "seeds"}
+    "lr", "budgets", "micro_batch", "stage", "fsdp", "compile", "world",
+    # what older versions had
+    "plans", "plan", "bench", "study", "seeds", "mfu", "controls", "control_lr", "layer_map",
+    "relation_layer", "relation_heads"}
 
 
 def recipe_of_arguments(arguments):
@@ -817,6 +840,7 @@ def recipe_of(args, teacher, data):
 
 
 def differences(before, now):
+    """Two recipes -> what differs, in words: [] if they are the same"""
     return [f"{key} was {before.get(key)}, is {now.get(key)}"
             for key in before | now if before.get(key) != now.get(key)]
 
@@ -887,6 +911,7 @@ class Checkpoints:
                       key=lambda path: -int(path.stem.split("-")[1]))
 
     def save(self, name, step, seconds, student, params, optimizer):
+        """Write the state after `step` steps. All processes call it, rank 0 writes."""
         tensors = {f"weights.{key}": p.detach() for key, p in student.named_parameters()}
         for key, p in params.items():
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -901,11 +926,13 @@ class Checkpoints:
         barrier()
 
     def save_and_stop(self, name, step, steps, seconds, student, params, optimizer, number):
+        """number: of the signal that asked for it"""
         if step:
             self.save(name, step, seconds, student, params, optimizer)
         raise Stopped(number, f"{name}, after {step} of {steps} steps")
 
     def write(self, name, step, seconds, tensors):
+        """A file that is named after its checksum once it was read back and found right"""
         partial = self.folder / ".partial"
         try:
             save_file(tensors, partial, metadata={"seconds": str(seconds)})
@@ -1002,6 +1029,7 @@ def init_processes(device):
 
 
 def barrier():
+    """Wait until all processes are here"""
     if dist.is_initialized():
         dist.barrier()
 
@@ -1064,6 +1092,7 @@ def shard_student(student):
 
 
 def shard_teacher(teacher):
+    """FSDP2, one shard group for each part of the frozen teacher"""
     head = teacher.model.lm_head                    # frozen, so it may be untied
     head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
     for part in (teacher.decoder.embed_tokens, *teacher.decoder.layers, teacher.final_norm, head):
@@ -1265,6 +1294,7 @@ def budgets(args, preset, own, world):
 
 
 def per_stage(name, values, n, of):
+    """values: one for each of `of` stages, or one for all -> the n-th stage's"""
     if len(values) not in (1, of):
         raise UsageError(f"--{name} has {len(values)} values for {of} stages: give 1, or one each")
     return values[n if len(values) > 1 else 0]

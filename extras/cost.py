@@ -38,7 +38,7 @@ from distill import GPUS, peak_of
 from eval import choose_device
 from model_ssm import SSM, UsageError
 from model_teacher import Teacher, hf_config
-from prepare import Parser, run_program
+from prepare import Parser, at_least_one, fraction, run_program
 
 SHARDED = ("weights", "gradients", "optimizer", "teacher")      # by FSDP2
 CUDA_ITSELF = 1e9           # its context, libraries' workspaces, and what the allocator loses
@@ -326,13 +326,13 @@ def parse(arguments=None):
     distill.add_run_flags(parser.add_argument)
     add = parser.add_argument
     add("--gpu", choices=GPUS, help="the GPU to count for [this machine]")
-    add("--world", type=int, default=int(os.environ.get("WORLD_SIZE", 1)),
+    add("--world", type=at_least_one, default=int(os.environ.get("WORLD_SIZE", 1)),
         help="how many of them [1]")
-    add("--mfu", type=float, default=0.4, help="share of their peak to count with [%(default)s]")
+    add("--mfu", type=fraction, default=0.4, help="share of their peak to count with [%(default)s]")
     add("--bench", action="store_true", help="time the stages on random tokens instead")
     args = parser.parse_args(arguments)
-    if args.world < 1 or not 0 < args.mfu <= 1:
-        raise UsageError("--world must be 1 or more, --mfu above 0 and at most 1")
+    if args.mfu == 0:
+        raise UsageError("--mfu 0 would take forever: give more")
     args.data = args.data or "stdlib"                   # none is read
     world = int(os.environ.get("WORLD_SIZE", 1)) if args.bench else args.world
     return distill.resolve(args, world)

@@ -1231,6 +1231,8 @@ def test_every_run_of_a_study_is_a_command_at_equal_tokens(study, runs):
     ("--objective hs relation_heads=2", "--objective hs relation_heads: it takes layer_map=..."),
     ("--objective hs layer_map=none", "layer_map=none: choose among last, uniform"),
     ("--objective od x=1", "--objective od x: it takes no options"),
+    ("--objective mha relation_heads=0", "relation_heads=0 does not divide"),
+    ("--objective mha relation_heads=two", "invalid literal for int()"),
     ("--objective nothing", "--objective nothing: choose among od, matrix, hs, mha, next")])
 def test_a_mistake_in_a_studys_flags_is_one_line(
         tmp_path, teacher_folder, data_folder, mistake, complaint):
@@ -1429,3 +1431,22 @@ def test_every_command_of_extras_in_the_pages_parses():
             if words[1] in programs:
                 programs[words[1]](words[2:])
     assert len(seen) >= 5
+
+
+@pytest.mark.parametrize("mistake, complaint", [
+    ("--world 0", "not a whole number from 1 on"), ("--mfu 0", "--mfu 0 would take forever"),
+    ("--mfu 40", "not a number from 0 to 1"), ("--gpu abacus", "invalid choice"),
+    ("--n_layer 0", "--n_layer 0: the teacher has 3 layers"),
+    ("--n_layer 9", "--n_layer 9: the teacher has 3 layers")])
+def test_a_mistake_in_asking_for_costs_is_one_line(teacher_folder, mistake, complaint):
+    with pytest.raises(UsageError, match=re.escape(complaint)) as error:
+        cost.main(["--preset", "tiny", "--teacher", str(teacher_folder), *mistake.split()])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("seeds, complaint", [
+    ("1 2 1", "--seeds 1 2 1: one of them comes twice"), ("-1", "not a whole number from 0 on")])
+def test_a_mistake_in_a_studys_seeds_is_one_line(seeds, complaint):
+    with pytest.raises(UsageError, match=re.escape(complaint)):
+        grid.run_study("objectives", objectives.STUDY, objectives.COMMON, "",
+                       ["--seeds", *seeds.split()])
