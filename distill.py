@@ -842,7 +842,7 @@ def recipe_of(args, teacher, data):
 def differences(before, now):
     """Two recipes -> what differs, in words: [] if they are the same"""
     return [f"{key} was {before.get(key)}, is {now.get(key)}"
-            for key in before | now if before.get(key) != now.get(key)]
+            for key in before | now if key not in NOT_RECIPE and before.get(key) != now.get(key)]
 
 
 @contextlib.contextmanager
