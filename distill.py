@@ -1169,7 +1169,7 @@ def add_method_flags(add):
     add("--attn_layers", nargs="+", help="layers that keep attention; paper: 4 10 16 22 [none]")
     add("--n_layer", type=count, help="a student of fewer layers [the teacher's]")
     add("--objective", nargs="+", metavar=("NAME", "KEY=VALUE"), help="another loss in stage 2's "
-        "place: od, hs, mha or matrix, see extras/objectives.py")
+        "place: od, hs, mha, matrix or next, see extras/objectives.py")
     # how much: one value for each stage, or one for all
     add("--tokens", type=count, nargs="+", help="budget; one for all is split as the "
         "recipe's [the preset's]")
