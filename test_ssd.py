@@ -641,6 +641,9 @@ CLASSES = {
         transformers.LlamaConfig(**LLAMA, sliding_window=8)),
     "llama, linear rotary": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(
         **LLAMA, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0})),
+    "llama, proportional rotary": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        **LLAMA, rope_parameters={"rope_type": "proportional", "rope_theta": 1e4,
+                                  "partial_rotary_factor": 0.5})),
     "qwen2, yarn": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
         **LLAMA | {"max_position_embeddings": 16}, rope_parameters=YARN)),
     "mistral, yarn with a factor of its own": lambda: transformers.MistralForCausalLM(
@@ -1120,6 +1123,7 @@ def test_embedding_and_head_are_tied_by_the_weights_and_not_by_the_flag(tmp_path
     ({"model_type": "qwen2", "layer_types": ["full_attention", "chunked_attention"] * 2,
       "num_hidden_layers": 4}, "'chunked_attention'"),
     ({"mlp_bias": True}, "biases in a gated MLP"),
+    ({"model_type": "phi", "qk_layernorm": True, "hidden_act": "gelu_new"}, "norms on Phi's q and"),
     ({"hidden_act": "gelu"}, "activation gelu"),
     ({"model_type": "gpt_neox"}, "gpt_neox model"),
 ], ids=str)
