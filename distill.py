@@ -110,7 +110,7 @@ def knowledge_distillation(student, teacher, tokens, loss="kl", temperature=1.0,
     h, h_t = (model.hidden(tokens).flatten(0, 1) for model in (student, teacher))   # (B L, D)
     next_token = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()     # (B L), -100: unknown
     # The logits of a few thousand tokens at a time, made again in the backward: no (B L, V) map
-    # is ever held.
+    # exists.
     rows, parts = max(1, LOGITS_AT_ONCE // student.config.vocab_size), []
     for part in zip(h.split(rows), h_t.split(rows), next_token.split(rows), strict=True):
         parts.append(checkpoint(distillation_sums, student, teacher, *part, temperature,
@@ -433,8 +433,8 @@ def finish(run):
     rows = {name: row for name, row in checkpoints.rows.items() if name in ("teacher", "copied")}
     last = max(checkpoints.finished)
     for stage in range(1, last + 1):        # earlier stages of this student are read from disk
-        ours = stage in args.stage or stage < args.stage[0]
-        if ours and (run.folder / f"stage{stage}").exists():
+        of_this_student = stage in args.stage or stage < args.stage[0]
+        if of_this_student and (run.folder / f"stage{stage}").exists():
             rows[f"stage {stage}"] = read_about(run.folder / f"stage{stage}")
     report(run, rows)
     shutil.rmtree(checkpoints.folder)
@@ -477,7 +477,7 @@ def first_line_of_doc(loss_fn):
 # What is trained, how fast, and how well the machine is used.
 
 def stage_table(args):
-    """STAGES as the command line asks for it -> {number: Stage}"""
+    """STAGES with the options of the command line -> {number: Stage}"""
     stages = STAGES | {3: STAGES[3]._replace(loss_fn=functools.partial(
         knowledge_distillation, loss=args.loss, temperature=args.temperature,
         hard_weight=args.hard_weight))}
@@ -682,7 +682,7 @@ class Run:
     """What all stages of a run share: arguments, folder, log, device, precision, other processes.
 
     budget: tokens of all stages   peak: FLOP/s this device is good for
-    stop: the number of the signal that asks for an end, once there was one
+    stop: the number of the signal that ended the run, if there was one
     """
 
     def __init__(self, args):
@@ -731,7 +731,7 @@ class Run:
         barrier()
 
     def memory(self):
-        """Largest number of bytes held so far: on a GPU by tensors, else by this process"""
+        """The peak of memory in bytes: on a GPU of all tensors, else of this process"""
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated()
         unit = 1 if sys.platform == "darwin" else 2**10
@@ -813,7 +813,7 @@ def show_finished(args):
           f"\nnext: python eval.py {folder}")
 
 
-# Flags that say where, how fast and how much is kept. They may differ when a run goes on.
+# Flags that say where a run is computed, and how fast. They may differ when it goes on.
 NOT_RECIPE = {
     "out", "device", "fresh", "recompute", "save_minutes", "preset", "recipe", "tokens", "batch",
     "lr", "budgets", "micro_batch", "stage", "fsdp", "compile", "world",
@@ -872,7 +872,7 @@ class Checkpoints:
 
     run.json                            the recipe, the stages that are finished, the report so far
     <stage>-<step>-<hash>.safetensors   weights, and AdamW's moments of what is trained, whatever
-                                        number of processes had them. The newest two are kept.
+                                        number of processes had them. The newest two stay.
     The learning rate and the data are functions of the step, and nothing else is random.
     """
 
@@ -926,7 +926,7 @@ class Checkpoints:
         barrier()
 
     def save_and_stop(self, name, step, steps, seconds, student, params, optimizer, number):
-        """number: of the signal that asked for it"""
+        """number: of the signal that ended the run"""
         if step:
             self.save(name, step, seconds, student, params, optimizer)
         raise Stopped(number, f"{name}, after {step} of {steps} steps")
@@ -1070,7 +1070,7 @@ class LossModule(nn.Module):
 
 
 def compile_and_shard(model, shard, args):
-    """Each layer compiled, the whole model in shards, where the command asks for it"""
+    """--compile compiles each layer, --fsdp shards the model"""
     if args.compile:
         for layer in model.layers:
             layer.compile()
@@ -1266,8 +1266,8 @@ def budgets(args, preset, own, world):
     """own: --tokens, --batch and --lr as given -> {stage: tokens, batch, lr, micro_batch}"""
     shares = [preset["shares"][stage - 1] for stage in args.stage]
     if not own["tokens"] or len(own["tokens"]) == 1:
-        whole = preset["tokens"] * sum(shares) / sum(preset["shares"])
-        total = own["tokens"][0] if own["tokens"] else whole
+        all_stages = preset["tokens"] * sum(shares) / sum(preset["shares"])
+        total = own["tokens"][0] if own["tokens"] else all_stages
         own["tokens"] = [round(total * share / sum(shares)) for share in shares]
     budgets = {}
     for n, stage in enumerate(args.stage):

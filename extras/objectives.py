@@ -70,15 +70,15 @@ class Shallow:
 
     def weights(self):
         """Of the teacher's weights, those of its chosen layers and those of no layer"""
-        kept = {}
+        weights = {}
         for name, w in self.deep.weights().items():
             parts = name.split(".")                     # backbone.layers.3.mixer...
             if parts[1] == "layers":
                 if int(parts[2]) not in self.sources:
                     continue
                 parts[2] = str(self.sources.index(int(parts[2])))
-            kept[".".join(parts)] = w
-        return kept
+            weights[".".join(parts)] = w
+        return weights
 
     def inputs(self, tokens, only=None):
         only = range(len(self.layers)) if only is None else only
