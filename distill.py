@@ -1,6 +1,6 @@
 """MOHAWK: teach a state-space model to act like a Transformer, from the inside out [1].
 
-Run:  python distill.py                                # all of it, small: minutes on a laptop
+Run:  python distill.py --preset tiny                  # all of it, small: minutes on a laptop
       python distill.py --stage 3 --tokens 3e9         # one stage, with its budget
       python distill.py --preset smollm2 --data ~/texts            # a real teacher, your own text
       torchrun --nproc_per_node=8 distill.py           # on eight GPUs; --fsdp shards both models
@@ -8,13 +8,15 @@ Run:  python distill.py                                # all of it, small: minut
 Three stages, one idea. Feed the student X, put the same question to both models, shrink the
 distance between the answers:
 
-    stage  both are fed             the question          an answer is   distance         trained
-      1    the teacher's input u    model.matrix(i, u)    (B, H, L, L)   Frobenius        mixers
-      2    to layer i, for every i  model.block(i, u)     (B, L, D)      L2 per position  mixers
-      3    the tokens               model.logits(tokens)  (B, L, V)      KL               everything
+    stage  both are fed     the question          an answer is   distance         trained
+      1    u, for every i   model.matrix(i, u)    (B, H, L, L)   Frobenius        mixers' q, k, decay
+      2    u, for every i   model.block(i, u)     (B, L, D)      L2 per position  mixers
+      3    the tokens       model.logits(tokens)  (B, L, V)      KL               everything
 
-Each stage starts from the one before and leaves a model folder, out/<run>/stage<N>. What is not a
-mixer is copied from the teacher at the start. A budget is a number of tokens.
+u is the teacher's own input to layer i. (Stages 1 and 3 never make their matrices and logits in
+full, so the code calls model.orientation, and model.hidden and model.head, instead.) Each stage
+starts from the one before and leaves a model folder, out/<run>/stage<N>. What is not a mixer is
+copied from the teacher at the start.
 
     out/<run>/run.json      the command, the teacher, the data, versions
               log.jsonl     one object per step
@@ -22,8 +24,9 @@ mixer is copied from the teacher at the start. A budget is a number of tokens.
               last/         what a killed run needs to go on: the same command ends with the same
                             weights, bit for bit
 
-What one process needs stands above the ruler "many GPUs". It leaves out: what a run would cost
-(extras/cost.py), other mixers and other objectives (extras/mixers.py, extras/objectives.py).
+The method comes first, then the run folder, many GPUs, and the command line. This file leaves out:
+what a run would cost (extras/cost.py), other mixers and other objectives (extras/mixers.py,
+extras/objectives.py).
 
 [1] MOHAWK, arXiv 2408.10189
 """
@@ -33,6 +36,7 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -109,7 +113,7 @@ def knowledge_distillation(student, teacher, tokens, loss="kl", temperature=1.0,
     """knowledge distillation: given the tokens, the student predicts what the teacher predicts"""
     h, h_t = (model.hidden(tokens).flatten(0, 1) for model in (student, teacher))   # (B L, D)
     next_token = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()     # (B L), -100: unknown
-    # The logits of a few thousand tokens at a time, made again in the backward: no (B L, V) map
+    # The logits of some thousand tokens at a time, made again in the backward: no (B L, V) tensor
     # exists.
     rows, parts = max(1, LOGITS_AT_ONCE // student.config.vocab_size), []
     for part in zip(h.split(rows), h_t.split(rows), next_token.split(rows), strict=True):
@@ -154,14 +158,17 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    # A mixing matrix is made of q, k and a. Its entries are small differences, so it stays in fp32.
+    # A mixing matrix is made of q, k, the decay a, and D on its diagonal. The distance is of small
+    # differences, so it is not autocast.
     1: Stage(matrix_orientation, ("mixer.in_proj", "mixer.conv1d", "mixer.D"),
              unreached=("v", "z"), autocast=False),
     # A layer that keeps attention is the teacher's own: it has nothing to align.
     2: Stage(hidden_state_alignment, ("mixer.",), frozen=("mixer.self_attn",)),
-    3: Stage(knowledge_distillation, ("",)),
+    3: Stage(knowledge_distillation, ("",)),            # "" is part of every name
 }
-PRESETS = {     # tokens are split over the stages by `shares`; batch counts tokens, too
+# Tokens are split over the stages by `shares`. batch counts tokens, too; micro_batch is the most
+# windows at once. One value for each stage, or one for all.
+PRESETS = {
     # the paper's own recipe
     "phi": dict(
         teacher="microsoft/phi-1_5", data="allenai/c4", config="en", context=2048, micro_batch=8,
@@ -214,7 +221,8 @@ def main(arguments=None):
                 run.reset(teacher, data_name)
                 checkpoints.record(teacher=compare(teacher, teacher, windows))
             compile_and_shard(teacher, shard_teacher, args)
-        student.to(run.device).recompute = args.recompute
+        student.to(run.device)
+        student.recompute = args.recompute
         compile_and_shard(student, shard_student, args)
         if about["tokens"] == 0 and "copied" not in checkpoints.rows:
             checkpoints.record(copied=compare(student, teacher, windows) | about)
@@ -280,6 +288,7 @@ def train(run, name, stage, student, teacher, data, offset, budget):
                 run.checkpoints.save_and_stop(name, step, steps, progress.seconds, student, params,
                                               optimizer, run.stop)
             first = offset + (micro * world + run.rank) * B
+            # Windows have L + 1 tokens for next-token losses. A distillation needs no targets.
             tokens = data.batch(first, B, L)[:, :-1].to(run.device)     # (B, L)
             last = micro + 1 == accumulate
             with run.autocast(stage), contextlib.nullcontext() if last else no_sync():
@@ -496,7 +505,7 @@ def stage_table(args):
 
 
 def is_trainable(name, stage, n_layer):
-    """name: of a parameter. LAST in a row of the table stands for the last layer's number."""
+    """name: of a parameter. In rows of extras/objectives.py LAST is the last layer's number."""
     def contains(parts):
         return any(part.replace("LAST", str(n_layer - 1)) in name for part in parts)
     return contains(stage.trainable) and not contains(stage.frozen)
@@ -526,7 +535,7 @@ def find_frozen_rows(student, stage):
         weight = mixer.in_proj.weight.detach()
         rows = torch.zeros(len(weight), dtype=torch.bool)
         for part in stage.unreached:
-            mixer.split_in_proj(rows)[part][:] = True
+            mixer.split_in_proj(rows)[part][:] = True               # views of `rows`
         rows = distribute_like(weight, rows)
         if isinstance(weight, DTensor):     # the rows that this process has
             weight, rows = weight.to_local(), rows.to_local()
@@ -564,10 +573,7 @@ def make_optimizer(params, args):
               {"params": others, "weight_decay": 0.0}]
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True)
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise UsageError("--optimizer adamw8bit needs torchao: pip install torchao") from error
+    from torchao.optim import AdamW8bit
     return AdamW8bit(groups, betas=tuple(args.betas))
 
 
@@ -808,12 +814,13 @@ def is_finished(args):
 def show_finished(args):
     """Nothing is left to do: the report once more"""
     folder = run_folder(args)
-    print(f"{folder} is finished: this command has run to its end, and nothing was changed. "
-          f"--fresh starts over\n\n{(folder / 'report.md').read_text(encoding='utf-8')}"
-          f"\nnext: python eval.py {folder}")
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    print_once(f"{folder} is finished: this command has run to its end, and nothing was changed. "
+               f"--fresh starts over\n\n{report}\nnext: python eval.py {folder}")
 
 
-# Flags that say where a run is computed, and how fast. They may differ when it goes on.
+# Flags that may differ when a run goes on: they say where it is computed, and how fast. (What
+# tokens, batch and lr come to, for each stage, is in the budgets, which recipe_of_arguments adds.)
 NOT_RECIPE = {
     "out", "device", "fresh", "recompute", "save_minutes", "preset", "recipe", "tokens", "batch",
     "lr", "budgets", "micro_batch", "stage", "fsdp", "compile", "world",
@@ -902,8 +909,9 @@ class Checkpoints:
             partial = self.folder / ".run.json"
             partial.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
             partial.replace(self.folder / "run.json")
-            for state in self.states(f"stage {stage}"):     # its model folder is what counts now
-                state.unlink()
+            if stage:                               # its model folder is what counts now
+                for state in self.states(f"stage {stage}"):
+                    state.unlink()
 
     def states(self, name):
         """This stage's states, newest first"""
@@ -1028,6 +1036,12 @@ def init_processes(device):
     return dist.get_rank(), dist.get_world_size()
 
 
+def print_once(text):
+    """For what is printed before init_processes silences all ranks but 0"""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
+
+
 def barrier():
     """Wait until all processes are here"""
     if dist.is_initialized():
@@ -1049,10 +1063,11 @@ def rank_0_first(run):
 def wrap_ddp(loss_fn, student, teacher, run):
     """-> tokens -> the losses of this process's tokens, and the context in which gradients wait
 
-    DDP sums the gradient of a parameter once backward has passed it, whichever call to backward
-    that is. Its forward only makes the generator, so stages 1 and 2 may go layer by layer. What
-    is not trained must be frozen before. FSDP2's shards are summed at every backward: to keep
-    gradients whole until the last would cost the memory that sharding saves.
+    DDP averages the gradient of a parameter once backward has passed it, whichever call to backward
+    that is. Its forward only makes the generator, so stages 1 and 2 may go layer by layer: each
+    layer's own backward passes its parameters once. What is not trained must be frozen before.
+    FSDP2 averages at every backward: gradients in full until the last would cost the memory that
+    sharding saves.
     """
     compute_losses = functools.partial(loss_fn, student, teacher)
     if run.world == 1 or run.args.fsdp:
@@ -1162,10 +1177,10 @@ def add_method_flags(add):
         "the tokens are split, from this preset; paper is phi's [the preset's own]")
     add("--mixer", default="mamba2", help="what stands where attention was: mamba2, or one of "
         "extras/mixers.py [%(default)s]")
-    add("--init", choices=(*INITS, "scratch"), help="how mixers start: MOHAWK's way; from the "
-        "teacher's q, k, v; that, and fitted to its attention; that, and decays by how far it "
-        "looks; MOHAWK's way but for PyTorch's convolution; all as PyTorch's modules do; scratch: "
-        "nothing at all is the teacher's [the recipe's]")
+    add("--init", choices=(*INITS, "scratch"), help="how mixers start. mohawk: the paper's way; "
+        "qkv: that, with the teacher's q, k, v; fit: qkv, fitted to its attention; distance: fit, "
+        "with decays by how far it looks; conv: mohawk, but for PyTorch's convolution; random: "
+        "all as PyTorch's modules; scratch: nothing at all is the teacher's [the recipe's]")
     add("--attn_layers", nargs="+", help="layers that keep attention; paper: 4 10 16 22 [none]")
     add("--n_layer", type=count, help="a student of fewer layers [the teacher's]")
     add("--objective", nargs="+", metavar=("NAME", "KEY=VALUE"), help="another loss in stage 2's "
@@ -1210,7 +1225,7 @@ def add_run_flags(add):
         "accumulated [the preset's]")
     add("--recompute", action="store_true",
         help="keep one activation a layer for the backward and compute the others again")
-    add("--fp32", action="store_true", help="also where bf16 would be as good and faster")
+    add("--fp32", action="store_true", help="never compute in bf16")
     add("--compile", action="store_true", help="torch.compile each layer of both models")
     add("--fsdp", action="store_true", help="under torchrun, shard both models (else DDP)")
 
@@ -1219,7 +1234,8 @@ def resolve(args, world=None):
     """Fill in what the preset and the recipe say, check, and work out each stage's budget."""
     if args.preset is None:
         args.preset, some = ("phi", "a") if torch.cuda.is_available() else ("tiny", "no")
-        print(f"preset {args.preset}, since there is {some} CUDA device (or choose by --preset)")
+        print_once(f"preset {args.preset}, since there is {some} CUDA device (or choose by "
+                   "--preset)")
     preset = dict(PRESETS[args.preset])
     source = "phi" if args.recipe == "paper" else args.recipe or args.preset
     preset |= {name: PRESETS[source][name] for name in RECIPE}
@@ -1259,6 +1275,8 @@ def refuse(args):
     if args.teacher_tokens < TINY_BATCH * TINY_CONTEXT:
         raise UsageError(f"--teacher_tokens {args.teacher_tokens:,}: one update takes "
                          f"{TINY_BATCH * TINY_CONTEXT:,}")
+    if args.optimizer == "adamw8bit" and not importlib.util.find_spec("torchao"):
+        raise UsageError("--optimizer adamw8bit needs torchao: pip install torchao")
     stage_table(args)                       # an objective that is not there, or other keys
 
 
