@@ -8,10 +8,10 @@ Run:  python distill.py --preset tiny                  # all of it, small: minut
 Three stages, one idea. Feed the student X, put the same question to both models, shrink the
 distance between the answers:
 
-    stage  both are fed     the question          an answer is   distance         trained
-      1    u, for every i   model.matrix(i, u)    (B, H, L, L)   Frobenius        mixers' q, k, decay
-      2    u, for every i   model.block(i, u)     (B, L, D)      L2 per position  mixers
-      3    the tokens       model.logits(tokens)  (B, L, V)      KL               everything
+    stage  both are fed    the question          an answer is   distance         trained
+      1    u, for every i  model.matrix(i, u)    (B, H, L, L)   Frobenius        mixers: q, k, decay
+      2    u, for every i  model.block(i, u)     (B, L, D)      L2 per position  mixers
+      3    the tokens      model.logits(tokens)  (B, L, V)      KL               everything
 
 u is the teacher's own input to layer i. (Stages 1 and 3 never make their matrices and logits in
 full, so the code calls model.orientation, and model.hidden and model.head, instead.) Each stage
