@@ -1,14 +1,15 @@
 """The SSD operator: what attention becomes when its memory must fit in one matrix.
 
-Run:  python ssd_kernel.py          # times the forms below, and their peers, on this machine
+Run:  python test_ssd.py 90             # no GPU: compile the kernels for sm_90, print registers
+      python -m extras.bench_kernel     # time the forms below and their peers on this machine
 
 ssd(q, k, v, a) stands beside scaled_dot_product_attention(q, k, v). Both compute y = M v, M lower
 triangular:
 
     attention    M = softmax(q k^T / sqrt(N))
-                 every row sums to one; to make row L, all of k and v are kept
+                 every row sums to one; row L needs all of k and v
     SSD          M[i,j] = (q_i . k_j) e^(a_(j+1) + ... + a_i)
-                 a chunk_decays mask instead of softmax; one S is kept
+                 a decay mask instead of softmax; one state S stands for all of k and v
 
 because SSD is also a recurrence:  S_t = e^(a_t) S_(t-1) + k_t v_t^T,  y_t = q_t S_t.  That the same
 y can be had both ways is the duality of [1]. Each form here is tested against the one above it:
@@ -19,16 +20,16 @@ y can be had both ways is the duality of [1]. Each form here is tested against t
     ssd_triton      the same in one kernel, for GPUs: no (chunk, chunk) tile touches memory
     ssd_step        one token of the recurrence, for generation
 
-Names, here and in the whole project. Capitals are sizes, small letters tensors; i asks, j is asked:
+Names, here and in the project. Capitals are sizes, small letters tensors; i reads what j wrote:
 
     here  shape          Mamba-2   attention   in plain words
-    q     (B, L, G, N)   C         query       what a position asks the state
+    q     (B, L, G, N)   C         query       what a position reads with
     k     (B, L, G, N)   B         key         where a position writes
     v     (B, L, H, P)   X         value       what it writes
-    a     (B, L, H)      log A-bar             log of how much is kept, <= 0
-    S     (B, H, N, P)   h         (KV cache)  what is remembered
-    M     (B, H, L, L)   L o C B^T attention   who looks at whom
-    u     (B, L, D)      u         hidden      what a layer is given, before its norm
+    a     (B, L, H)      log A-bar             log decay, <= 0
+    S     (B, H, N, P)   h         (KV cache)  the state
+    M     (B, H, L, L)   L o C B^T attention   who attends to whom
+    u     (B, L, D)      u         hidden      a layer's input, before its norm
 
 B batch, L length, D model width, H heads, G groups of heads that share q and k (G divides H),
 N state (key) width, P head (value) width, Q chunk length, V vocabulary.
@@ -51,24 +52,17 @@ from torch.autograd.function import once_differentiable
 try:
     import triton
     import triton.language as tl
-    jit = triton.jit
 except ImportError:                     # not on this platform: the forms in PyTorch need none of it
-    triton, jit = None, lambda function: function
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-# What a CPU looks at at once, so that its cache holds it, in numbers:
-TILE = 2**20                            # of M, in orientation_loss
-STRETCH = 2**18                         # of q, k or v, in ssd_chunked
+    triton = None
 
 
 def ssd(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_state=False,
         backend="auto"):
     """y = M v, with M[i,j] = (q_i . k_j) e^(a_(j+1) + ... + a_i) for j <= i, else 0 ([1] eq. 6).
 
-    q, k (B, L, G, N)   v (B, L, H, P)   a (B, L, H), log decay, <= 0; at -inf all is forgotten
+    q, k (B, L, G, N)   v (B, L, H, P)   a (B, L, H), log decay, <= 0; -inf resets the state
     initial_state (B, H, N, P), zeros if None
-    cu_seqlens (n + 1) whole numbers from 0 to L: n documents packed in each row, the state restarts
+    cu_seqlens (n + 1) integers from 0 to L: n documents packed in each row, the state restarts
     at each boundary; states are then (B, n, H, N, P)
     -> y (B, L, H, P) in v's dtype, or (y, final state), the state in fp32 (fp64 for fp64 inputs).
     Differentiable in every tensor. Any L >= 1. Raises ValueError for shapes that do not fit.
@@ -76,37 +70,14 @@ def ssd(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_state=Fals
     """
     check(q, k, v, a, initial_state, cu_seqlens)
     if backend == "auto":
-        one_chunk = v.shape[1] <= chunk_length(v.shape[-1])             # plain masked attention
-        backend = ("triton" if v.is_cuda and why_not_triton(v, q.shape[-1]) is None
-                   else "naive" if one_chunk else "chunked")
+        backend = fastest_backend(v, q.shape[-1])
     if backend not in BACKENDS:
         raise ValueError(f"no SSD backend {backend!r}: choose auto or one of {', '.join(BACKENDS)}")
     return BACKENDS[backend](q, k, v, a, initial_state, cu_seqlens, return_final_state)
 
 
-def chunk_length(P):
-    """Q by head width: with Q near P, N the four steps of ssd_chunked cost about the same."""
-    return 32 if P <= 32 else 64
-
-
-def check(q, k, v, a, S, cu):
-    (B, L, H, P), (G, N) = v.shape, q.shape[2:]
-    if q.shape != (B, L, G, N) or k.shape != q.shape or a.shape != (B, L, H) or H % G or L < 1:
-        raise ValueError("ssd needs q, k (B, L, G, N), v (B, L, H, P), a (B, L, H) and G "
-                         f"dividing H; got q {tuple(q.shape)}, k {tuple(k.shape)}, "
-                         f"v {tuple(v.shape)}, a {tuple(a.shape)}")
-    shape = (B, H, N, P) if cu is None else (B, len(cu) - 1, H, N, P)
-    if S is not None and S.shape != shape:
-        raise ValueError(f"ssd needs a state of shape {shape}, got {tuple(S.shape)}")
-
-
-def boundaries(cu_seqlens, L):
-    """-> the boundaries of the documents as a list, checked"""
-    cu = cu_seqlens.tolist()
-    if cu[:1] != [0] or cu[-1] != L or any(i >= j for i, j in itertools.pairwise(cu)):
-        raise ValueError(f"cu_seqlens must rise from 0 to L = {L}, got {cu}")
-    return cu
-
+# Two decorators stand before the forms, because Python needs them there. The other helpers (product
+# is x @ y, running_sums, per_head, ...) are the last section of this file.
 
 def packed(form):
     """A form of ssd that takes one document a row -> one that takes cu_seqlens too."""
@@ -116,26 +87,15 @@ def packed(form):
         if cu_seqlens is None:
             return form(q, k, v, a, initial_state, return_final_state, **more)
         cu = boundaries(cu_seqlens, v.shape[1])
-        S = [None] * (len(cu) - 1) if initial_state is None else initial_state.unbind(1)
-        parts = [form(*(x[:, i:j] for x in (q, k, v, a)), S_doc, True, **more)
-                 for S_doc, (i, j) in zip(S, itertools.pairwise(cu), strict=True)]
-        y, S = torch.cat([y for y, _ in parts], 1), torch.stack([S for _, S in parts], 1)
+        states = [None] * (len(cu) - 1) if initial_state is None else initial_state.unbind(1)
+        outputs = [form(*(x[:, i:j] for x in (q, k, v, a)), S, True, **more)
+                   for S, (i, j) in zip(states, itertools.pairwise(cu), strict=True)]
+        ys, states = zip(*outputs, strict=True)
+        y = torch.cat(ys, 1)                                            # (B, L, H, P)
+        S = torch.stack(states, 1)                                      # (B, n, H, N, P)
         return (y, S) if return_final_state else y
     return by_document
 
-
-def per_head(x, H):
-    """(B, L, G, N) -> (B, L, H, N): each group's q or k, once for each of its heads."""
-    return x if x.shape[2] == H else x.repeat_interleave(H // x.shape[2], dim=2)
-
-
-def at_least_fp32(dtype):
-    """The dtype of decays and states: never less than fp32, since errors there add up over L."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-# -----------------------------------------------------------------------------
-# what all forms share: products that autocast does not round, and running sums of decays
 
 def outside_autocast(function):
     """A function of tensors -> the same, computed in their dtype whatever autocast surrounds it."""
@@ -147,61 +107,15 @@ def outside_autocast(function):
     return outside
 
 
-class Product(torch.autograd.Function):
-    """x @ y, in their dtype. Of what the forms compute, autocast would round the matrix products
-    only: those of the forward and, where it surrounds the backward too, those of the gradient."""
-
-    @staticmethod
-    @outside_autocast
-    def forward(ctx, x, y):
-        ctx.save_for_backward(x, y)
-        return x @ y
-
-    @staticmethod
-    @outside_autocast
-    def backward(ctx, dz):
-        (x, y), dz = ctx.saved_tensors, dz.contiguous()
-        return (dz @ y.mT if ctx.needs_input_grad[0] else None,
-                x.mT @ dz if ctx.needs_input_grad[1] else None)
-
-
-product = Product.apply
-
-FLOOR = {torch.float32: -112.0, torch.float64: -752.0}      # multiples of 16 where e^a is 0
-
-
-def floored(a, dtype):
-    """a in this dtype and finite. Below the floor e^a is 0 whatever a, and so is a's gradient."""
-    return a.to(dtype).clamp_min(FLOOR[dtype])
-
-
-def running_sums(a, dim=-1):
-    """a, floored -> W and A, whose sum is the running sum of a along dim.
-
-    What fades between two tokens is a difference of running sums. In one sum a reset, say a = -100,
-    would cost every token behind it digits of its own small decay. So the whole multiples of 16 in
-    a are summed by themselves: W has no rounding error, and A is as small as without resets. Where
-    nothing is below -16 (e^-16 is the last digit of an fp32 number) W is 0.
-    """
-    whole = (a.detach() / 16).trunc_().mul_(16)
-    return whole.cumsum(dim), (a - whole).cumsum(dim)
-
-
-def until_end(W, A, dim=-1):
-    """The running sums of a -> a_(j+1) + ... + a_Q along dim"""
-    last = A.shape[dim] - 1
-    return (W.narrow(dim, last, 1) - W).add_(A.narrow(dim, last, 1)).sub_(A)
-
-
 # -----------------------------------------------------------------------------
-# the definition, and the matrix
+# The definition, and the matrix
 
 @packed
 def ssd_recurrent(q, k, v, a, initial_state=None, return_final_state=False):
     """S_t = e^(a_t) S_(t-1) + k_t v_t^T      y_t = q_t S_t
 
-    Slow, obvious, and the referee: plain PyTorch on every device, and every other form in this file
-    is tested against it.
+    Slow and obvious: plain PyTorch on every device, the oracle that every other form in this file
+    is tested against.
     """
     assert (a <= 0).all(), "a is the log of a decay: it must be <= 0"
     (B, L, H, P), N = v.shape, q.shape[-1]
@@ -217,23 +131,13 @@ def ssd_recurrent(q, k, v, a, initial_state=None, return_final_state=False):
 
 
 def step_recurrent(q, k, v, a, S):
-    """One step of the recurrence, shapes as in ssd_step"""
+    """One token: q, k (B, G, N), v (B, H, P), a (B, H), S (B, H, N, P) -> y (B, H, P), next S"""
     H = v.shape[1]
     q, k = (per_head(x[:, None], H)[:, 0].to(S.dtype) for x in (q, k))  # (B, H, N)
-    S = a.to(S.dtype).exp()[..., None, None] * S + k[..., :, None] * v.to(S.dtype)[..., None, :]
+    decay = a.to(S.dtype).exp()[..., None, None]                        # (B, H, 1, 1)
+    S = decay * S + k[..., :, None] * v.to(S.dtype)[..., None, :]       # (B, H, N, P)
     y = product(q[..., None, :], S)[..., 0, :]                          # (B, H, P)
     return y.to(v.dtype), S
-
-
-def ssd_step(q, k, v, a, S):
-    """One token: q, k (B, G, N), v (B, H, P), a (B, H), S (B, H, N, P)
-
-    -> y (B, H, P), the next S (B, H, N, P). On a GPU and without gradients one Triton kernel.
-    """
-    if (v.is_cuda and S.dtype == torch.float32 and not torch.is_grad_enabled()
-            and why_not_triton(v, q.shape[-1]) is None):
-        return step_triton(q, k, v, a, S)
-    return step_recurrent(q, k, v, a, S)
 
 
 def decay_matrix(a):
@@ -252,13 +156,9 @@ def decay_matrix(a):
 
 
 def mixing_matrix(q, k, a):
-    """M (B, H, L, L) from q, k (B, L, G, N) and a (B, L, H), in a's precision or wider.
-
-    For pictures and checks.
-    """
+    """M (B, H, L, L) from q, k (B, L, G, N) and a (B, L, H), in fp32, or fp64 as q is."""
     q, k = (per_head(x, a.shape[-1]).transpose(1, 2).contiguous() for x in (q, k))  # (B, H, L, N)
-    # Over thousands of tokens the running sum of a is large and its differences small: fp64 keeps
-    # their digits.
+    # fp64, since over thousands of tokens the running sums of a are large beside their differences
     decay = decay_matrix(a.double().transpose(1, 2)).to(at_least_fp32(q.dtype))  # (B, H, L, L)
     return product(q, k.mT) * decay
 
@@ -266,8 +166,9 @@ def mixing_matrix(q, k, a):
 @packed
 def ssd_naive(q, k, v, a, initial_state=None, return_final_state=False):
     """y = M v with M in full: masked attention with a decay instead of softmax ([1] eq. 16)."""
-    dtype, H = at_least_fp32(v.dtype), v.shape[2]
-    q, k = q.to(v.dtype), k.to(v.dtype)
+    dtype = at_least_fp32(v.dtype)
+    H = v.shape[2]
+    q, k = (x.to(v.dtype) for x in (q, k))
     M = mixing_matrix(q, k, a).to(v.dtype)                              # (B, H, L, L)
     q, k, v = (x.transpose(1, 2) for x in (per_head(q, H), per_head(k, H), v))  # (B, H, L, .)
     A = floored(a, dtype).double().cumsum(1).transpose(1, 2)[..., None]     # a_1 + ... + a_t
@@ -277,25 +178,30 @@ def ssd_naive(q, k, v, a, initial_state=None, return_final_state=False):
     y = y.transpose(1, 2)                                               # (B, L, H, P)
     if not return_final_state:
         return y
-    left = (A[:, :, -1:] - A).exp().to(dtype)                           # left of token j at the end
-    S = product((k.to(dtype) * left).mT, v.to(dtype))                   # (B, H, N, P)
+    decay_out = (A[:, :, -1:] - A).exp().to(dtype)                      # from token j to the end
+    S = product((k.to(dtype) * decay_out).mT, v.to(dtype))              # (B, H, N, P)
     if initial_state is not None:
         S = S + A[:, :, -1:].exp().to(dtype) * initial_state
     return y, S
 
 
 # -----------------------------------------------------------------------------
-# the chunked form
+# The chunked form
+
+def chunk_length(P):
+    """Q by head width: with Q near P, N the four steps of ssd_chunked cost about the same."""
+    return 32 if P <= 32 else 64
+
 
 @packed
 def ssd_chunked(q, k, v, a, initial_state=None, return_final_state=False, chunk=None):
     """The same y in O(L) time and memory, nearly all of it matrix products ([1] section 6).
 
         j ->   1 2 3 | 4 5 6 | 7 8 9
-      i    1   #     |       |          1 inside: a chunk looks at itself, plain masked attention
+      i    1   #     |       |          1 inside: a chunk reads itself, plain masked attention
       |    2   # #   |       |          2 write:  k, v of a chunk -> what it adds to the state
-      v    3   # # # |       |          3 carry:  the state goes from chunk to chunk and fades
-           ----------+-------+------    4 read:   q of a chunk asks the state at its door
+      v    3   # # # |       |          3 scan:   S_in, the state at each chunk's start
+           ----------+-------+------    4 read:   q of a chunk reads S_in
            4   . . . | #     |
            5   . . . | # #   |          '#' is step 1; every '.' block has rank N, so steps 2-4 need
            6   . . . | # # # |          only an N x P state per head to get through it
@@ -303,7 +209,7 @@ def ssd_chunked(q, k, v, a, initial_state=None, return_final_state=False, chunk=
            7   . . . | . . . | #
     """
     (B, L, H, P), N = v.shape, q.shape[-1]
-    q, k = (per_head(x, H).to(v.dtype) for x in (q, k))
+    q, k = (per_head(x, H).to(v.dtype) for x in (q, k))                 # (B, L, H, N)
     a = floored(a, at_least_fp32(v.dtype))
     S = v.new_zeros(B, H, N, P) if initial_state is None else initial_state
     Q = chunk or chunk_length(P)
@@ -315,63 +221,84 @@ def ssd_chunked(q, k, v, a, initial_state=None, return_final_state=False, chunk=
 
 
 class Chunked(torch.autograd.Function):
-    """One node of autograd's graph, however many chunks there are, with the gradient written out:
-    the products below, transposed, and the same carry from the end (see backward_kernel for da)."""
+    """One node of autograd's graph, however many chunks there are, with the gradient written out.
+
+    With decay_in_i from the chunk's start to i, decay_out_j from j to its end, w_ij from j to i:
+        y_i   = decay_in_i q_i S_in + sum_j w_ij (q_i . k_j) v_j
+        S_out = fade S_in + sum_j decay_out_j k_j v_j^T
+    """
 
     @staticmethod
     @outside_autocast
     def forward(ctx, q, k, v, a, S, Q):
-        y, doors = torch.empty_like(v), []
-        ctx.Q, ctx.stretches = Q, stretches(v, q.shape[-1], Q)
-        for s in ctx.stretches:
-            q_c, k_c, v_c, a_c = (in_chunks(x[:, s], Q).contiguous() for x in (q, k, v, a))
-            since, left, fade = chunk_decays(a_c, v.dtype)
-            M = decay_matrix(a_c).mul_(q_c @ k_c.mT)                    # 1 inside  (B, C, H, Q, Q)
-            writes = (k_c * left).mT @ v_c                              # 2 write   (B, C, H, N, P)
-            door, S = carry(fade, writes, S, range(len(fade[0])))       # 3 carry   (B, C, H, N, P)
-            y_c = (q_c @ door.to(v.dtype)) * since + M.to(v.dtype) @ v_c    # 4 read (B, C, H, Q, P)
-            in_chunks(y[:, s], Q).copy_(y_c)
-            doors.append(door)
-        ctx.save_for_backward(q, k, v, a, *doors)
+        y = torch.empty_like(v)
+        states = []                                                     # S_in, one for each block
+        ctx.Q = Q
+        ctx.blocks = cache_blocks(v, q.shape[-1], Q)
+        for block in ctx.blocks:
+            q_c, k_c, v_c, a_c = (in_chunks(x[:, block], Q).contiguous() for x in (q, k, v, a))
+            decay_in, decay_out, fade = chunk_decays(a_c, v.dtype)
+            M = decay_matrix(a_c).mul_(q_c @ k_c.mT)                    # 1 inside (B, C, H, Q, Q)
+            writes = (k_c * decay_out).mT @ v_c                         # 2 write  (B, C, H, N, P)
+            S_in, S = scan_states(fade, writes, S)                      # 3 scan   (B, C, H, N, P)
+            y_c = (q_c @ S_in.to(v.dtype)) * decay_in                   # 4 read   (B, C, H, Q, P)
+            y_c = y_c + M.to(v.dtype) @ v_c
+            in_chunks(y[:, block], Q).copy_(y_c)
+            states.append(S_in)
+        ctx.save_for_backward(q, k, v, a, *states)
         return y, S
 
     @staticmethod
     @once_differentiable
     @outside_autocast
     def backward(ctx, dy, dS):
-        q, k, v, a, *doors = ctx.saved_tensors
-        Q, dtype, grads = ctx.Q, v.dtype, [torch.empty_like(x) for x in (q, k, v, a)]
-        for s, S in zip(reversed(ctx.stretches), reversed(doors), strict=True):
-            q_c, k_c, v_c, a_c, dy_c = (in_chunks(x[:, s], Q).contiguous()
+        """The same four steps transposed, and the scan from the end: dS is S_out's gradient.
+
+            dv_j  = decay_out_j k_j dS + sum_i w_ij (q_i . k_j) dy_i
+            dk_j  = decay_out_j dS v_j + sum_i w_ij (v_j . dy_i) q_i
+            dq_i  = decay_in_i S_in dy_i + sum_j w_ij (dy_i . v_j) k_j
+            dS_in = fade dS + sum_i decay_in_i q_i dy_i^T
+
+        a_t is in the exponent of every pair j < t <= i, so da_t is the sum of what the pairs across
+        t give to (y, dy). There are four kinds, by where the two ends lie:
+            j before the chunk, i after it    da_through, the same for all t of the chunk
+            j before, i in the chunk          da_in_i = q_i . (S_in's part of dq_i), for i >= t
+            j in the chunk, i after           da_out_j = v_j . (dS's part of dv_j), for j < t
+            both in the chunk                 R_ij = w_ij (q_i . k_j) (dy_i . v_j); the sum over
+                                              i >= t of row i less column i leaves j < t <= i
+        Each sum starts at a border of its chunk: in one sum of q . dq - k . dk over the sequence
+        rounding would add up over L.
+        """
+        q, k, v, a, *states = ctx.saved_tensors
+        Q = ctx.Q
+        dtype = v.dtype
+        grads = [torch.empty_like(x) for x in (q, k, v, a)]
+        for block, S_in in zip(reversed(ctx.blocks), reversed(states), strict=True):
+            q_c, k_c, v_c, a_c, dy_c = (in_chunks(x[:, block], Q).contiguous()
                                         for x in (q, k, v, a, dy))
-            (since, left, fade), decay = chunk_decays(a_c, dtype), decay_matrix(a_c)
-            asked = (q_c * since).mT @ dy_c                             # 4  (B, C, H, N, P)
-            dS_c, dS = carry(fade, asked, dS, reversed(range(len(fade[0]))))    # 3
-            through = fade * (S * dS_c).sum((-1, -2))                   # (B, C, H)
-            S, dS_c = S.to(dtype), dS_c.to(dtype)
+            decay_in, decay_out, fade = chunk_decays(a_c, dtype)
+            w = decay_matrix(a_c)                                       # (B, C, H, Q, Q)
+            dS_reads = (q_c * decay_in).mT @ dy_c                       # 4 (B, C, H, N, P)
+            dS_c, dS = scan_states(fade, dS_reads, dS, reverse=True)     # 3 (B, C, H, N, P)
+            da_through = fade * (S_in * dS_c).sum((-1, -2))             # (B, C, H)
+            S_in, dS_c = (x.to(dtype) for x in (S_in, dS_c))            # (B, C, H, N, P)
 
-            M, R = (q_c @ k_c.mT) * decay, dy_c @ v_c.mT                # 1  (B, C, H, Q, Q)
-            dv = (k_c @ dS_c) * left                                    # 2  (B, C, H, Q, P)
-            later = (v_c * dv).sum(-1, dtype=a.dtype)
+            M = (q_c @ k_c.mT) * w                                      # 1 (B, C, H, Q, Q)
+            dM = dy_c @ v_c.mT                                          # (B, C, H, Q, Q)
+            dv = (k_c @ dS_c) * decay_out                               # 2 (B, C, H, Q, P)
+            da_out = (v_c * dv).sum(-1, dtype=a.dtype)                  # (B, C, H, Q)
             dv += M.to(dtype).mT @ dy_c
-            M *= R
-            R = decay.mul_(R).to(dtype)
-            dk = (v_c @ dS_c.mT) * left + R.mT @ q_c                    # (B, C, H, Q, N)
-            dq = (dy_c @ S.mT) * since
-            rise = (q_c * dq).sum(-1, dtype=a.dtype) + M.sum(-1) - M.sum(-2)
-            dq += R @ k_c
-            da = (rise.flip(-1).cumsum(-1).flip(-1) + later.cumsum(-1) - later
-                  + through[..., None])
-            for whole, part in zip(grads, (dq, dk, dv, da), strict=True):
-                in_chunks(whole[:, s], Q).copy_(part)
+            R = M.mul_(dM)                                              # in place: M, w are spent
+            dM = w.mul_(dM).to(dtype)
+            dk = (v_c @ dS_c.mT) * decay_out + dM.mT @ q_c              # (B, C, H, Q, N)
+            dq = (dy_c @ S_in.mT) * decay_in                            # (B, C, H, Q, N)
+            da_in = (q_c * dq).sum(-1, dtype=a.dtype) + R.sum(-1) - R.sum(-2)   # (B, C, H, Q)
+            dq += dM @ k_c
+            da = (da_in.flip(-1).cumsum(-1).flip(-1) + da_out.cumsum(-1) - da_out
+                  + da_through[..., None])
+            for grad, grad_c in zip(grads, (dq, dk, dv, da), strict=True):
+                in_chunks(grad[:, block], Q).copy_(grad_c)
         return *grads, dS, None
-
-
-def stretches(v, N, Q):
-    """Slices of the sequence, in whole chunks: on a CPU as long as its cache holds, else all."""
-    B, L, H, P = v.shape
-    step = max(Q, STRETCH // (B * H * max(N, P)) // Q * Q) if v.device.type == "cpu" else L
-    return [slice(i, i + step) for i in range(0, L, step)]
 
 
 def in_chunks(x, Q):
@@ -380,49 +307,62 @@ def in_chunks(x, Q):
 
 
 def chunk_decays(a, dtype):
-    """a (B, C, H, Q) -> what is left since the door, and at the end, of each (B, C, H, Q, 1); and
-    of the door at the end (B, C, H)"""
+    """a (B, C, H, Q) -> the decay from its chunk's start to each token, and from the token to the
+    end (B, C, H, Q, 1), in `dtype`; and of each chunk (B, C, H)"""
     W, A = running_sums(a)
-    since, left = (W + A).exp(), until_end(W, A).exp()
-    return since.to(dtype)[..., None], left.to(dtype)[..., None], since[..., -1]
+    decay_in = (W + A).exp()
+    decay_out = until_end(W, A).exp()
+    return decay_in.to(dtype)[..., None], decay_out.to(dtype)[..., None], decay_in[..., -1]
 
 
-def carry(fade, writes, S, order):
-    """doors_c = S, then S <- fade_c S + writes_c, for the chunks c in order -> doors, the last S"""
-    doors = torch.empty_like(writes, dtype=S.dtype)
-    for c in order:
-        doors[:, c] = S
+def scan_states(fade, writes, S, reverse=False):
+    """For chunk after chunk c: S_in[c] = S, then S <- fade[c] S + writes[c]. -> S_in, the last S"""
+    S_in = torch.empty_like(writes, dtype=S.dtype)                      # (B, C, H, N, P)
+    chunks = range(writes.shape[1])
+    for c in reversed(chunks) if reverse else chunks:
+        S_in[:, c] = S
         S = torch.addcmul(writes[:, c].to(S.dtype), S, fade[:, c, :, None, None])
-    return doors, S
+    return S_in, S
 
 
 # -----------------------------------------------------------------------------
-# the Triton form: one program per head walks from chunk to chunk, the state in its registers
+# The Triton form: one program per head walks from chunk to chunk, the state in its registers
 #
-#   forward   carries S from the start: steps 1-4 in one go; q k v are read and y is written once.
-#   backward  carries dS, the gradient of S, from the end: dq dk dv da in one go. It needs S too,
-#             which the forward leaves at a door every DOOR tokens, and carries it up from there.
+#   forward   scans S from the start: steps 1-4 in one go; q k v are read and y is written once.
+#   backward  scans dS, the gradient of S, from the end: dq dk dv da in one go. It needs S too,
+#             which the forward stores every STATE_EVERY tokens, and scans it up from there.
 #
-# A program's share of the sequence is a piece: a document, or a part of one where there are too few
+# A program works on one piece of the sequence: a document, or a part of one where there are too few
 # heads to fill the GPU. What a piece adds to the state behind it is summed up by a kernel before.
 # No (Q, Q) tile reaches memory. Programs share no output: two runs give the same bits. Exponents
 # are to base 2, which the hardware has, and of differences <= 0.
 
-DOOR = 64                               # a multiple of every chunk length used below
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+STATE_EVERY = 64                        # a multiple of every chunk length used below
+
+
+def jit(function):
+    """triton.jit, where Triton is installed"""
+    return function if triton is None else triton.jit(function)
 
 
 @jit
-def share(cu, L, n_docs, H, PIECES: tl.constexpr, DOOR: tl.constexpr):
+def program_range(cu, L, n_docs, H, PIECES: tl.constexpr, STATE_EVERY: tl.constexpr):
     """What this program works on: head, piece, row of the batch; the document's start, the piece's
-    first and last + 1 position; which state and which first door are its own. Offsets have 64 bits,
-    since B L H P may pass 2^31."""
-    doc, piece = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES
-    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    start, end = tl.load(cu + doc), tl.load(cu + doc + 1)
-    span = tl.cdiv(tl.cdiv(end - start, PIECES), DOOR) * DOOR
+    first and last + 1 position; the index of its state and of its document's first stored state.
+    Offsets have 64 bits, since B L H P may pass 2^31."""
+    doc = tl.program_id(0) // PIECES
+    piece = tl.program_id(0) % PIECES
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    start = tl.load(cu + doc)
+    end = tl.load(cu + doc + 1)
+    span = tl.cdiv(tl.cdiv(end - start, PIECES), STATE_EVERY) * STATE_EVERY
     lo = tl.minimum(start + piece * span, end)
-    state, door = (b * n_docs + doc) * H + h, b * (L // DOOR + n_docs) + start // DOOR + doc
-    return h, piece, b * L, start, lo, tl.minimum(lo + span, end), state, door
+    hi = tl.minimum(lo + span, end)
+    state = (b * n_docs + doc) * H + h
+    stored = b * (L // STATE_EVERY + n_docs) + start // STATE_EVERY + doc
+    return h, piece, b * L, start, lo, hi, state, stored
 
 
 @jit
@@ -450,7 +390,7 @@ def write(x, t, inside, heads: tl.constexpr, h, rows, Q: tl.constexpr, W: tl.con
 
 @jit
 def decays(a, t, inside, H: tl.constexpr, h, Q: tl.constexpr):
-    """-> A (Q): log2 of what is kept since the door of the chunk, and its last value"""
+    """-> A (Q): log2 of decay_in, from the chunk's start to each token, and its last value"""
     i = tl.arange(0, Q)
     A = tl.cumsum(tl.load(a + t * H + h + i * H, mask=inside, other=0.0) * 1.4426950408889634, 0)
     return A, tl.sum(tl.where(i == Q - 1, A, 0.0), 0)
@@ -458,23 +398,27 @@ def decays(a, t, inside, H: tl.constexpr, h, Q: tl.constexpr):
 
 @jit
 def dot(x, y, plus, FP32: tl.constexpr):
+    """x @ y + plus, accumulated in fp32; fp32 operands are not rounded to tf32"""
     return tl.dot(x, y, plus, input_precision="ieee" if FP32 else "tf32")
 
 
 @jit
-def advance(S, x, z, kept, total, FP32: tl.constexpr):
+def advance(S, x, z, log_decay, total, FP32: tl.constexpr):
     """Steps 2 and 3: S, faded by a chunk, and what the chunk's x (Q, N) and z (Q, P) write to it"""
-    x = (x * tl.exp2(kept)[:, None]).to(x.dtype)
+    x = (x * tl.exp2(log_decay)[:, None]).to(x.dtype)
     return dot(tl.trans(x), z, S * tl.exp2(total), FP32)
 
 
 @jit
 def piece_kernel(x, z, a, cu, writes, fades, L, n_docs, H: tl.constexpr, G: tl.constexpr,
                  N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, FP32: tl.constexpr,
-                 PIECES: tl.constexpr, DOOR: tl.constexpr, BACKWARD: tl.constexpr):
-    """What a piece adds to S at its end (x, z = k, v), or to dS at its door (x, z = q, dy)."""
-    h, piece, row, _, lo, hi, state, _ = share(cu, L, n_docs, H, PIECES, DOOR)
-    g, i, S, fade = h // (H // G), tl.arange(0, Q), tl.zeros((N, P), tl.float32), 0.0
+                 PIECES: tl.constexpr, STATE_EVERY: tl.constexpr, BACKWARD: tl.constexpr):
+    """What a piece adds to S at its end (x, z = k, v), or to dS at its start (x, z = q, dy)."""
+    h, piece, row, _, lo, hi, state, _ = program_range(cu, L, n_docs, H, PIECES, STATE_EVERY)
+    g = h // (H // G)
+    i = tl.arange(0, Q)
+    S = tl.zeros((N, P), tl.float32)
+    fade = 0.0                                                          # log2
     chunks = tl.cdiv(hi - lo, Q)
     for c in range(chunks):
         t = lo + (chunks - 1 - c if BACKWARD else c) * Q
@@ -490,52 +434,53 @@ def piece_kernel(x, z, a, cu, writes, fades, L, n_docs, H: tl.constexpr, G: tl.c
 
 
 @jit
-def forward_kernel(q, k, v, a, cu, S0, writes, fades, y, S1, doors, L, n_docs, H: tl.constexpr,
+def forward_kernel(q, k, v, a, cu, S0, writes, fades, y, S1, states, L, n_docs, H: tl.constexpr,
                    G: tl.constexpr, N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
-                   FP32: tl.constexpr, PIECES: tl.constexpr, DOOR: tl.constexpr,
-                   KEEP: tl.constexpr):
-    h, piece, row, start, lo, hi, state, door = share(cu, L, n_docs, H, PIECES, DOOR)
-    g, i = h // (H // G), tl.arange(0, Q)
-    S = tl.load(state_at(S0, state, N, P))                        # (N, P)
+                   FP32: tl.constexpr, PIECES: tl.constexpr, STATE_EVERY: tl.constexpr,
+                   STORE: tl.constexpr):
+    """y and the last state S1 of each document; if STORE, S every STATE_EVERY tokens in states."""
+    h, piece, row, start, lo, hi, state, stored = program_range(cu, L, n_docs, H, PIECES,
+                                                                STATE_EVERY)
+    g = h // (H // G)
+    i = tl.arange(0, Q)
+    S = tl.load(state_at(S0, state, N, P))                              # (N, P)
     for before in range(piece):
         at = state * PIECES + before
         S = S * tl.exp2(tl.load(fades + at)) + tl.load(state_at(writes, at, N, P))
-    for t in range(lo, hi, Q):
+    for t in range(lo, hi, Q):                                          # S is S_in here
         inside = t + i < hi
         q_c = read(q, row + t, inside, G, g, Q, N)
         k_c = read(k, row + t, inside, G, g, Q, N)
         v_c = read(v, row + t, inside, H, h, Q, P)
         A, total = decays(a, row + t, inside, H, h, Q)
-        if KEEP:
-            if (t - start) % DOOR == 0:
-                at = (door + (t - start) // DOOR) * H + h
-                tl.store(state_at(doors, at, N, P), S.to(doors.dtype.element_ty))
+        if STORE:
+            if (t - start) % STATE_EVERY == 0:
+                at = (stored + (t - start) // STATE_EVERY) * H + h
+                tl.store(state_at(states, at, N, P), S.to(states.dtype.element_ty))
         past = i[:, None] >= i[None, :]
         M = dot(q_c, tl.trans(k_c), None, FP32)                         # 1 inside  (Q, Q)
         M = M * tl.exp2(tl.where(past, A[:, None] - A[None, :], float("-inf")))
         y_c = dot(q_c, S.to(q_c.dtype), None, FP32) * tl.exp2(A)[:, None]   # 4 read  (Q, P)
         y_c = dot(M.to(v_c.dtype), v_c, y_c, FP32)
         write(y, row + t, inside, H, h, y_c, Q, P)
-        S = advance(S, k_c, v_c, total - A, total, FP32)                # 2 write, 3 carry
+        S = advance(S, k_c, v_c, total - A, total, FP32)                # 2 write, 3 scan
     if piece == PIECES - 1:
         tl.store(state_at(S1, state, N, P), S)
 
 
 @jit
-def backward_kernel(q, k, v, a, cu, doors, dy, dS1, writes, fades, dq, dk, dv, da, dS0, L, n_docs,
+def backward_kernel(q, k, v, a, cu, states, dy, dS1, writes, fades, dq, dk, dv, da, dS0, L, n_docs,
                     H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
                     Q: tl.constexpr, FP32: tl.constexpr, PIECES: tl.constexpr,
-                    DOOR: tl.constexpr):
-    """With w_ij the decay from j to i, since_i from the door to i, left_j from j to the end:
-        dv_j = sum_i w_ij (q_i . k_j) dy_i + left_j k_j dS      dk_j likewise, of (v_j . dy_i) q_i
-        dq_i = sum_j w_ij (dy_i . v_j) k_j + since_i S dy_i
-    and da_t is the sum of q_i . dq_i = k_j . dk_j over the pairs j < t <= i. Pairs within the chunk
-    cancel by q.dq - k.dk; those that cross a border of it are summed from that border, or rounding
-    would add up over the sequence.
-    """
-    h, piece, row, start, lo, hi, state, door = share(cu, L, n_docs, H, PIECES, DOOR)
-    g, i = h // (H // G), tl.arange(0, Q)
-    dS = tl.load(state_at(dS1, state, N, P))                      # (N, P)
+                    STATE_EVERY: tl.constexpr):
+    """The gradients, from the last chunk to the first: derived in Chunked.backward, with its names.
+
+    Each head writes a dq and dk of its own, so that programs share no output."""
+    h, piece, row, start, lo, hi, state, stored = program_range(cu, L, n_docs, H, PIECES,
+                                                                STATE_EVERY)
+    g = h // (H // G)
+    i = tl.arange(0, Q)
+    dS = tl.load(state_at(dS1, state, N, P))                            # (N, P)
     for after in range(PIECES - 1 - piece):
         at = state * PIECES + PIECES - 1 - after
         dS = dS * tl.exp2(tl.load(fades + at)) + tl.load(state_at(writes, at, N, P))
@@ -544,43 +489,44 @@ def backward_kernel(q, k, v, a, cu, doors, dy, dS1, writes, fades, dq, dk, dv, d
         t = lo + (chunks - 1 - c) * Q
         inside = t + i < hi
         A, total = decays(a, row + t, inside, H, h, Q)
-        since, left = tl.exp2(A)[:, None], tl.exp2(total - A)[:, None]
+        decay_in = tl.exp2(A)[:, None]
+        decay_out = tl.exp2(total - A)[:, None]
 
-        # S here: from the last door up
-        last = (t - start) // DOOR
-        S = tl.load(state_at(doors, (door + last) * H + h, N, P)).to(tl.float32)
-        for s in range(start + last * DOOR, t, Q):
+        # S_in: from the last stored state up
+        last = (t - start) // STATE_EVERY
+        S = tl.load(state_at(states, (stored + last) * H + h, N, P)).to(tl.float32)
+        for s in range(start + last * STATE_EVERY, t, Q):
             A_s, total_s = decays(a, row + s, s + i < t, H, h, Q)
             k_s = read(k, row + s, s + i < t, G, g, Q, N)
             v_s = read(v, row + s, s + i < t, H, h, Q, P)
             S = advance(S, k_s, v_s, total_s - A_s, total_s, FP32)
 
-        # dq, of what q asked: S and the past of the chunk
+        # dq, from what q read: S_in and the past of the chunk
         dy_c = read(dy, row + t, inside, H, h, Q, P)
-        through = tl.sum(tl.sum(S * dS, 1), 0) * tl.exp2(total)         # j before, i after
-        dq_c = dot(dy_c, tl.trans(S.to(dy_c.dtype)), None, FP32) * since
+        da_through = tl.sum(tl.sum(S * dS, 1), 0) * tl.exp2(total)
+        dq_c = dot(dy_c, tl.trans(S.to(dy_c.dtype)), None, FP32) * decay_in
         q_c = read(q, row + t, inside, G, g, Q, N)
-        rise = tl.sum(q_c * dq_c, 1)                                    # j before, i in the chunk
+        da_in = tl.sum(q_c * dq_c, 1)
         k_c = read(k, row + t, inside, G, g, Q, N)
         v_c = read(v, row + t, inside, H, h, Q, P)
         past = tl.where(i[:, None] >= i[None, :], A[:, None] - A[None, :], float("-inf"))
-        R = dot(dy_c, tl.trans(v_c), None, FP32) * tl.exp2(past)        # (Q i, Q j)
-        dq_c = dot(R.to(k_c.dtype), k_c, dq_c, FP32)
+        dM = dot(dy_c, tl.trans(v_c), None, FP32) * tl.exp2(past)       # (Q i, Q j)
+        dq_c = dot(dM.to(k_c.dtype), k_c, dq_c, FP32)
         write(dq, row + t, inside, H, h, dq_c, Q, N)
 
-        # dv and dk, of what was asked of them: by the chunk's future, and by dS
+        # dv and dk, from what read them: the future of the chunk, and the state behind it
         future = tl.where(i[:, None] <= i[None, :], A[None, :] - A[:, None], float("-inf"))
         M = dot(k_c, tl.trans(q_c), None, FP32) * tl.exp2(future)       # (Q j, Q i)
-        dv_c = dot(k_c, dS.to(k_c.dtype), None, FP32) * left
-        later = tl.sum(v_c * dv_c, 1)                                   # j in the chunk, i after
+        dv_c = dot(k_c, dS.to(k_c.dtype), None, FP32) * decay_out
+        da_out = tl.sum(v_c * dv_c, 1)
         dv_c = dot(M.to(dy_c.dtype), dy_c, dv_c, FP32)
         write(dv, row + t, inside, H, h, dv_c, Q, P)
-        R = dot(v_c, tl.trans(dy_c), None, FP32)                        # (Q j, Q i)
-        rise += tl.sum(M * R, 0) - tl.sum(M * R, 1)                     # both in the chunk
-        dk_c = dot(v_c, tl.trans(dS.to(v_c.dtype)), None, FP32) * left
-        dk_c = dot((R * tl.exp2(future)).to(q_c.dtype), q_c, dk_c, FP32)
+        dM = dot(v_c, tl.trans(dy_c), None, FP32)                       # (Q j, Q i)
+        da_in += tl.sum(M * dM, 0) - tl.sum(M * dM, 1)                  # rows less columns of R
+        dk_c = dot(v_c, tl.trans(dS.to(v_c.dtype)), None, FP32) * decay_out
+        dk_c = dot((dM * tl.exp2(future)).to(q_c.dtype), q_c, dk_c, FP32)
         write(dk, row + t, inside, H, h, dk_c, Q, N)
-        da_c = tl.cumsum(rise, 0, reverse=True) + tl.cumsum(later, 0) - later + through
+        da_c = tl.cumsum(da_in, 0, reverse=True) + tl.cumsum(da_out, 0) - da_out + da_through
         tl.store(da + (row + t) * H + h + i * H, da_c, mask=inside)
 
         q_c = read(q, row + t, inside, G, g, Q, N)      # again: it was not worth its registers
@@ -595,11 +541,12 @@ def step_kernel(q, k, v, a, S, y, S1, H: tl.constexpr, G: tl.constexpr, N: tl.co
     """One token, W columns of one head's S."""
     bh = tl.program_id(1).to(tl.int64)
     bg = bh // H * G + bh % H // (H // G)
-    n, p = tl.arange(0, N), tl.program_id(0) * W + tl.arange(0, W)
+    n = tl.arange(0, N)
+    p = tl.program_id(0) * W + tl.arange(0, W)
     at = bh * N * P + n[:, None] * P + p[None, :]
-    S_p = tl.load(S + at) * tl.exp(tl.load(a + bh))
+    S_p = tl.load(S + at) * tl.exp(tl.load(a + bh))                     # (N, W)
     S_p += tl.load(k + bg * N + n).to(tl.float32)[:, None] * tl.load(v + bh * P + p)[None, :]
-    y_p = tl.sum(tl.load(q + bg * N + n).to(tl.float32)[:, None] * S_p, 0)
+    y_p = tl.sum(tl.load(q + bg * N + n).to(tl.float32)[:, None] * S_p, 0)  # (W)
     tl.store(S1 + at, S_p)
     tl.store(y + bh * P + p, y_p.to(y.dtype.element_ty))
 
@@ -607,9 +554,10 @@ def step_kernel(q, k, v, a, S, y, S1, H: tl.constexpr, G: tl.constexpr, N: tl.co
 def configuration(N, P, dtype, arch):
     """-> columns of v per program; (chunk, warps, pipeline stages) of forward and of backward
 
-    Chosen so that nothing spills: `python test_ssd.py 90` prints what each takes on sm_90. fp32
-    needs short chunks besides: 16 resets add up to 16 * 112 / ln 2 = 2,600, where a running sum
-    still has four decimals. At 16 bits q, k and v have fewer.
+    Chosen so that nothing spills: `python test_ssd.py 90` prints what each takes on sm_90. S (N, W)
+    stays in registers: 2,048 numbers are 16 for each thread of 4 warps, and a thread has 255 for
+    everything. fp32 needs short chunks besides: 16 resets add up to 16 * 112 / ln 2 = 2,600, where
+    a running sum still has four decimals. At 16 bits q, k and v have fewer.
     """
     if dtype == torch.float32:
         tiles = 16, 8 if N > 64 else 4, 1
@@ -633,26 +581,42 @@ def ssd_triton(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_sta
     (B, L, H, P), N = v.shape, q.shape[-1]
     if why := why_not_triton(v, N):
         raise ValueError(f"{why}: backend 'chunked' takes it")
-    W = configuration(N, P, v.dtype, architecture(v))[0]
-    parts = P // W                      # at_least_fp32 heads are several, with the same q, k, a
     if cu_seqlens is None:
         cu = torch.arange(0, L + 1, L, dtype=torch.int32, device=v.device)
     else:
-        if not torch.compiler.is_compiling():           # looking waits for the GPU
+        if not torch.compiler.is_compiling():   # reading the values synchronises with the GPU
             boundaries(cu_seqlens, L)
         cu = cu_seqlens.to(v.device, torch.int32)
     n_docs = len(cu) - 1
-    S = (v.new_zeros(B, n_docs, H, N, P, dtype=torch.float32) if initial_state is None
-         else initial_state.float().reshape(B, n_docs, H, N, P))
-    S = S.unflatten(-1, (parts, W)).transpose(-3, -2).flatten(2, 3)     # (B, n, H parts, N, W)
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    a = floored(a, torch.float32).repeat_interleave(parts, dim=2)
-    inputs = [x.contiguous() for x in (q, k, v.reshape(B, L, H * parts, W), a, S)]
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    y, S, _ = ssd_op(*inputs, cu, keep, pieces or pieces_of(v, parts * n_docs))
-    S = S.unflatten(2, (H, parts)).transpose(-3, -2).flatten(-2)        # (B, n, H, N, P)
-    y, S = y.reshape(B, L, H, P), S[:, 0] if cu_seqlens is None else S
+    if initial_state is None:
+        S = v.new_zeros(B, n_docs, H, N, P, dtype=torch.float32)
+    else:
+        S = initial_state.float().reshape(B, n_docs, H, N, P)
+    # A head of more than W value columns runs as P / W heads that share q, k and a.
+    W = configuration(N, P, v.dtype, architecture(v))[0]
+    split = P // W
+    S = S.unflatten(-1, (split, W)).transpose(-3, -2).flatten(2, 3)     # (B, n, H split, N, W)
+    q, k = (x.to(v.dtype) for x in (q, k))
+    a = floored(a, torch.float32).repeat_interleave(split, dim=2)       # (B, L, H split)
+    inputs = [x.contiguous() for x in (q, k, v.reshape(B, L, H * split, W), a, S)]
+    store = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    y, S, _ = ssd_op(*inputs, cu, store, pieces or pieces_of(v, split * n_docs))
+    y = y.reshape(B, L, H, P)
+    S = S.unflatten(2, (H, split)).transpose(-3, -2).flatten(-2)        # (B, n, H, N, P)
+    if cu_seqlens is None:
+        S = S[:, 0]                                                     # (B, H, N, P)
     return (y, S) if return_final_state else y
+
+
+BACKENDS = {"recurrent": ssd_recurrent, "naive": ssd_naive, "chunked": ssd_chunked,
+            "triton": ssd_triton}
+
+
+def fastest_backend(v, N):
+    """What backend="auto" stands for. One chunk is plain masked attention."""
+    if v.is_cuda and why_not_triton(v, N) is None:
+        return "triton"
+    return "naive" if v.shape[1] <= chunk_length(v.shape[-1]) else "chunked"
 
 
 def why_not_triton(v, N):
@@ -673,111 +637,128 @@ def ssd_path(device):
 
 
 def architecture(v):
-    """90 for Hopper; where there is no GPU, that of the interpreter's pretence"""
+    """Compute capability times 10: 90 for Hopper, which the interpreter pretends to be"""
     major, minor = torch.cuda.get_device_capability(v.device) if v.is_cuda else (9, 0)
     return 10 * major + minor
 
 
-def pieces_of(v, sharing):
-    """Two programs for each multiprocessor, if they can be had of 256 tokens or more."""
+def pieces_of(v, programs):
+    """How many pieces a document is cut in, if each head has so many programs without: enough for
+    two programs on each multiprocessor, but of at least 256 tokens."""
     B, L, H = v.shape[:3]
-    there = torch.cuda.get_device_properties(v.device).multi_processor_count if v.is_cuda else 1
-    return max(1, min(2 * there // (B * H * sharing), L // 256))
+    processors = 1
+    if v.is_cuda:
+        processors = torch.cuda.get_device_properties(v.device).multi_processor_count
+    return max(1, min(2 * processors // (B * H * programs), L // 256))
 
 
 def launch(kernel, tiles, pieces, q, v, cu, tensors, **flags):
+    """Start a kernel on its grid: one program for each piece of a document, head and batch row."""
     (B, L, H, P), (G, N), (Q, warps, stages) = v.shape, q.shape[2:], tiles
+    n_docs = len(cu) - 1
     with torch.cuda.device_of(v):
-        kernel[(pieces * (len(cu) - 1), H, B)](
-            *tensors, L, len(cu) - 1, H, G, N, P, Q, v.dtype == torch.float32, pieces, DOOR,
+        kernel[(pieces * n_docs, H, B)](
+            *tensors, L, n_docs, H, G, N, P, Q, v.dtype == torch.float32, pieces, STATE_EVERY,
             **flags, num_warps=warps, num_stages=stages)
 
 
 def sums_of_pieces(x, z, a, cu, S, tiles, pieces, backward):
     """-> writes (B, n, H, pieces, N, P), fades (B, n, H, pieces)"""
-    others = pieces if pieces > 1 else 0            # a piece by itself has no other to hear of
-    writes = S.new_empty(*S.shape[:3], others, *S.shape[3:])
+    summed = pieces if pieces > 1 else 0        # with one piece there is nothing to sum
+    writes = S.new_empty(*S.shape[:3], summed, *S.shape[3:])
     fades = S.new_empty(writes.shape[:4])
-    if others:
+    if summed:
         launch(piece_kernel, tiles, pieces, x, z, cu, (x, z, a, cu, writes, fades),
                BACKWARD=backward)
     return writes, fades
 
 
+def ssd_step(q, k, v, a, S):
+    """One token: q, k (B, G, N), v (B, H, P), a (B, H), S (B, H, N, P)
+
+    -> y (B, H, P), the next S (B, H, N, P). On a GPU and without gradients one Triton kernel.
+    """
+    if (v.is_cuda and S.dtype == torch.float32 and not torch.is_grad_enabled()
+            and why_not_triton(v, q.shape[-1]) is None):
+        return step_triton(q, k, v, a, S)
+    return step_recurrent(q, k, v, a, S)
+
+
 def step_triton(q, k, v, a, S):
     """ssd_step in one kernel"""
     (B, H, P), (G, N) = v.shape, q.shape[1:]
+    W = min(P, 16)
     q, k, v, a, S = (x.contiguous() for x in (q, k, v, a.float(), S))
-    y, S1, W = torch.empty_like(v), torch.empty_like(S), min(P, 16)
+    y = torch.empty_like(v)
+    S1 = torch.empty_like(S)
     with torch.cuda.device_of(v):
         step_kernel[(P // W, B * H)](q, k, v, a, S, y, S1, H, G, N, P, W, num_warps=4)
     return y, S1
 
 
 # What autograd and torch.compile see: two operators, the shapes of their outputs, and that one is
-# the other's derivative.
+# the other's derivative. Their inputs are contiguous.
 
 @torch.library.custom_op("mohawk::ssd", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, "
-                         "Tensor a, Tensor S, Tensor cu, bool keep, int pieces) -> "
+                         "Tensor a, Tensor S, Tensor cu, bool store, int pieces) -> "
                          "(Tensor, Tensor, Tensor)")
-def ssd_op(q, k, v, a, S, cu, keep, pieces):
-    """-> y, the last S, and S at the doors if they are to be kept for the backward. Contiguous."""
+def ssd_op(q, k, v, a, S, cu, store, pieces):
+    """-> y, the last S, and if `store` the S of every STATE_EVERY tokens, for the backward"""
     tiles = configuration(q.shape[-1], v.shape[-1], v.dtype, architecture(v))[1]
-    y, S1, doors = outputs = ssd_outputs(q, k, v, a, S, cu, keep, pieces)
+    y, S1, states = ssd_outputs(q, k, v, a, S, cu, store, pieces)
     writes, fades = sums_of_pieces(k, v, a, cu, S, tiles, pieces, False)
     launch(forward_kernel, tiles, pieces, q, v, cu,
-           (q, k, v, a, cu, S, writes, fades, y, S1, doors), KEEP=keep)
-    return outputs
+           (q, k, v, a, cu, S, writes, fades, y, S1, states), STORE=store)
+    return y, S1, states
 
 
 @ssd_op.register_fake
-def ssd_outputs(q, k, v, a, S, cu, keep, pieces):
-    (B, L, H, P), n_docs, N = v.shape, S.shape[1], q.shape[-1]
-    doors = (B, L // DOOR + n_docs, H, N, P) if keep else (0,)
-    return v.new_empty(v.shape), S.new_empty(S.shape), v.new_empty(doors)
+def ssd_outputs(q, k, v, a, S, cu, store, pieces):
+    """Empty outputs: each document may add one stored state to those that L tokens have."""
+    B, L, H, P = v.shape
+    n_docs, N = S.shape[1], q.shape[-1]
+    shape = (B, L // STATE_EVERY + n_docs, H, N, P) if store else (0,)
+    return v.new_empty(v.shape), S.new_empty(S.shape), v.new_empty(shape)
 
 
 @torch.library.custom_op("mohawk::ssd_backward", mutates_args=(), schema="(Tensor q, Tensor k, "
-                         "Tensor v, Tensor a, Tensor cu, Tensor doors, Tensor dy, Tensor dS, "
+                         "Tensor v, Tensor a, Tensor cu, Tensor states, Tensor dy, Tensor dS, "
                          "int pieces) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-def ssd_backward_op(q, k, v, a, cu, doors, dy, dS, pieces):
-    dy, dS = dy.contiguous(), dS.contiguous()
-    (B, L, H, _), (G, N) = v.shape, q.shape[2:]
-    tiles = configuration(N, v.shape[-1], v.dtype, architecture(v))[2]
-    dv, da, dS0 = v.new_empty(v.shape), a.new_empty(a.shape), dS.new_empty(dS.shape)
-    dq, dk = q.new_empty(B, L, H, N), q.new_empty(B, L, H, N)
+def ssd_backward_op(q, k, v, a, cu, states, dy, dS, pieces):
+    """-> dq, dk, dv, da, the gradient of the initial state"""
+    (B, L, H, P), (G, N) = v.shape, q.shape[2:]
+    dy, dS = (x.contiguous() for x in (dy, dS))
+    tiles = configuration(N, P, v.dtype, architecture(v))[2]
+    dv, da, dS0 = (x.new_empty(x.shape) for x in (v, a, dS))
+    dq, dk = (q.new_empty(B, L, H, N) for _ in range(2))
     writes, fades = sums_of_pieces(q, dy, a, cu, dS, tiles, pieces, True)
     launch(backward_kernel, tiles, pieces, q, v, cu,
-           (q, k, v, a, cu, doors, dy, dS, writes, fades, dq, dk, dv, da, dS0))
+           (q, k, v, a, cu, states, dy, dS, writes, fades, dq, dk, dv, da, dS0))
     if G < H:                           # a group's q and k served several heads
         dq, dk = (x.unflatten(2, (G, H // G)).sum(3) for x in (dq, dk))
     return dq, dk, dv, da, dS0
 
 
 @ssd_backward_op.register_fake
-def _(q, k, v, a, cu, doors, dy, dS, pieces):
+def _(q, k, v, a, cu, states, dy, dS, pieces):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, a, dS))
 
 
 @outside_autocast
-def derivative(ctx, dy, dS, _):
+def ssd_derivative(ctx, dy, dS, _):
     return *ssd_backward_op(*ctx.saved_tensors, dy, dS, ctx.pieces), None, None, None
 
 
-def remember(ctx, inputs, output):
+def save_for_backward(ctx, inputs, output):
     q, k, v, a, _, cu, _, ctx.pieces = inputs
     ctx.save_for_backward(q, k, v, a, cu, output[2])
 
 
-ssd_op.register_autograd(derivative, setup_context=remember)
-
-
-BACKENDS = {"recurrent": ssd_recurrent, "naive": ssd_naive, "chunked": ssd_chunked,
-            "triton": ssd_triton}
+ssd_op.register_autograd(ssd_derivative, setup_context=save_for_backward)
 
 
 # -----------------------------------------------------------------------------
-# stage 1's distance
+# Stage 1's distance
 
 def orientation_loss(q_t, k_t, scale, q, k, a, D, window=None, return_size=False,
                      backend="auto"):
@@ -789,8 +770,8 @@ def orientation_loss(q_t, k_t, scale, q, k, a, D, window=None, return_size=False
              window: how many keys the softmax is over, its own among them; None: all so far
     student: q, k (B, L, G, N)   a (B, L, H) <= 0   D (H)
              gradients for these four
-    -> a scalar; with return_size also the mean norm of the teacher's matrix, which is what a silent
-    student would score.
+    -> a scalar; with return_size also the mean norm of the teacher's matrix, which is the distance
+    of a student that outputs zeros.
 
     No L x L matrix exists: rows of E = M + diag D - softmax are made and used up in blocks. All
     gradients are linear in one over the norm, which is known only at the end, so the one pass
@@ -802,20 +783,25 @@ def orientation_loss(q_t, k_t, scale, q, k, a, D, window=None, return_size=False
     if backend == "auto":
         fits = q.is_cuda and why_not_triton(q, k_t.shape[-1]) is None
         backend = "triton" if fits else "blocked"
-    window, a = min(window or a.shape[1], a.shape[1]), floored(a, at_least_fp32(a.dtype))
+    window = min(window or a.shape[1], a.shape[1])
+    a = floored(a, at_least_fp32(a.dtype))
     distance, size = OrientationLoss.apply(q_t, k_t, scale, window, q, k, a, D,
                                            backend == "triton")
     return (distance, size) if return_size else distance
 
 
 class OrientationLoss(torch.autograd.Function):
+    """The forward makes the gradients too; the backward multiplies them by the loss's gradient."""
+
     @staticmethod
     def forward(ctx, q_t, k_t, scale, window, q, k, a, D, tiles):
-        (B, _, H), G, dtype = a.shape, q.shape[2], at_least_fp32(a.dtype)
+        B, _, H = a.shape
+        G = q.shape[2]
         dq, dk, dA, dD, squares, squares_t = orientation_op(q_t, k_t, scale, window, q, k, a, D,
                                                             tiles)
         norm = squares.sqrt()                                           # (B, H)
-        weight = 1 / (norm.clamp_min(torch.finfo(dtype).tiny) * B * H)  # a perfect student: no push
+        tiny = torch.finfo(at_least_fp32(a.dtype)).tiny                 # zero norm: zero gradient
+        weight = 1 / (norm.clamp_min(tiny) * B * H)                     # (B, H)
         dq, dk = ((weight[:, None, :, None] * x).unflatten(2, (G, H // G)).sum(3).to(q.dtype)
                   for x in (dq, dk))                                    # (B, L, G, N)
         da = weight[:, None] * dA.flip(1).cumsum(1).flip(1)             # (B, L, H)
@@ -827,7 +813,8 @@ class OrientationLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g, _):
-        return None, None, None, None, *(g * gradient for gradient in ctx.saved_tensors), None
+        dq, dk, da, dD = (g * gradient for gradient in ctx.saved_tensors)
+        return None, None, None, None, dq, dk, da, dD, None
 
 
 @torch.library.custom_op("mohawk::orientation", mutates_args=(), schema="(Tensor q_t, Tensor k_t, "
@@ -843,34 +830,38 @@ def orientation_op(q_t, k_t, scale, window, q, k, a, D, tiles):
 
 @orientation_op.register_fake
 def _(q_t, k_t, scale, window, q, k, a, D, tiles):
-    (B, L, H), N, dtype = a.shape, q.shape[-1], torch.float32 if tiles else at_least_fp32(a.dtype)
-    shapes = (B, L, H, N), (B, L, H, N), (B, L, H), (B, H), (B, H), (B, H)
-    dtypes = [dtype] * 2 + [dtype if tiles else torch.float64] + [dtype] * 3
-    return tuple(a.new_empty(shape, dtype=dtype)
-                 for shape, dtype in zip(shapes, dtypes, strict=True))
+    (B, L, H), N = a.shape, q.shape[-1]
+    dtype = torch.float32 if tiles else at_least_fp32(a.dtype)
+    dq, dk = (a.new_empty(B, L, H, N, dtype=dtype) for _ in range(2))
+    dA = a.new_empty(B, L, H, dtype=dtype if tiles else torch.float64)
+    dD, squares, squares_t = (a.new_empty(B, H, dtype=dtype) for _ in range(3))
+    return dq, dk, dA, dD, squares, squares_t
+
+
+TILE = 2**20                    # elements of M in a block of rows: what the cache of a CPU holds
 
 
 def orientation_blocked(q_t, k_t, scale, window, q, k, a, D):
-    """Rows of E in blocks"""
-    (B, L, H), dtype = a.shape, at_least_fp32(a.dtype)
+    """Rows of E in blocks of TILE elements"""
+    B, L, H = a.shape
+    dtype = at_least_fp32(a.dtype)
     q_t, k_t, q, k = (per_head(x, H).transpose(1, 2).to(dtype)
                       for x in (q_t, k_t, q, k))                        # (B, H, L, N)
     W, A = (x.transpose(1, 2) for x in running_sums(a.double(), 1))     # (B, H, L)
-    dq, dk, dA = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(A)
-    dD = D.new_zeros(B, H, dtype=dtype)
-    squares, squares_t = dD.clone(), dD.clone()                         # (B, H)
+    dq, dk, dA = (torch.zeros_like(x) for x in (q, k, A))
+    dD, squares, squares_t = (D.new_zeros(B, H, dtype=dtype) for _ in range(3))
     rows = max(1, min(L, TILE // (B * H * L)))
     for i in range(0, L, rows):
         j = min(i + rows, L)                                            # rows i..j-1, cols 0..j-1
         future = torch.ones(j - i, j, dtype=torch.bool, device=q.device).triu(i + 1)
-        target = q_t[:, :, i:j] @ k_t[:, :, :j].mT * scale
+        target = q_t[:, :, i:j] @ k_t[:, :, :j].mT * scale              # (B, H, rows, j)
         unseen = future | torch.ones_like(future).tril(i - window)      # and beyond the window
         target = target.masked_fill_(unseen, -torch.inf).softmax(-1)
         # Counted from row i, in fp64, the running sums may go to fp32: far from i they are
         # large, but fade to 0.
-        near_W, near = ((x[:, :, :j] - x[:, :, i, None]).to(dtype) for x in (W, A))     # (B, H, j)
-        gap = near_W[..., i:, None] - near_W[..., None, :]
-        gap.add_(near[..., i:, None]).sub_(near[..., None, :])
+        W_i, A_i = ((x[:, :, :j] - x[:, :, i, None]).to(dtype) for x in (W, A))     # (B, H, j)
+        gap = W_i[..., i:, None] - W_i[..., None, :]
+        gap.add_(A_i[..., i:, None]).sub_(A_i[..., None, :])
         decay = gap.masked_fill_(future, -torch.inf).exp_()
         M = (q[:, :, i:j] @ k[:, :, :j].mT).mul_(decay)                 # (B, H, rows, j)
         E = M - target
@@ -884,7 +875,8 @@ def orientation_blocked(q_t, k_t, scale, window, q, k, a, D):
         E.mul_(decay)
         dq[:, :, i:j] = E @ k[:, :, :j]
         dk[:, :, :j] += E.mT @ q[:, :, i:j]
-    return *(x.transpose(1, 2) for x in (dq, dk, dA)), dD, squares, squares_t
+    dq, dk, dA = (x.transpose(1, 2) for x in (dq, dk, dA))              # (B, L, H, .)
+    return dq, dk, dA, dD, squares, squares_t
 
 
 @jit
@@ -892,107 +884,123 @@ def orientation_kernel(x_t, z_t, scale, window, x, z, a, D, lse, dx, dA, sums, L
                        H: tl.constexpr, GX: tl.constexpr, GZ: tl.constexpr, G: tl.constexpr,
                        N_T: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, FP32_T: tl.constexpr,
                        FP32: tl.constexpr, ROWS: tl.constexpr):
-    """Q rows of E, which give dq (x asks, z is asked), or Q columns, which give dk (x is asked).
+    """Q rows of E, which give dq (x is q, z is k), or Q columns, which give dk (x is k, z is q).
 
     teacher: x_t (B, L, GX, N_T), z_t (B, L, GZ, N_T)   student: x, z (B, L, G, N)
+    The names are FlashAttention's: m is this program's tile of x, n runs over the tiles of z; m_i
+    and l_i are the maximum and the sum of each row's softmax so far, lse is m_i + log l_i (base 2).
+    Rows go first and store lse, which columns need.
     """
-    i, mine, h, b = tl.arange(0, Q), tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row = b.to(tl.int64) * L + mine * Q
-    lse += (b.to(tl.int64) * H + h) * L                                 # base 2, of each row
-    at = mine * Q + i
-    x_t_c = read(x_t, row, at < L, GX, h // (H // GX), Q, N_T)
-    x_c = read(x, row, at < L, G, h // (H // G), Q, N)
-    A, total = decays(a, row, at < L, H, h, Q)
-    n = mine + 1 if ROWS else tl.cdiv(L, Q) - mine                      # tiles to look at
+    i = tl.arange(0, Q)
+    start_m = tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    row = b.to(tl.int64) * L + start_m * Q
+    lse += (b.to(tl.int64) * H + h) * L
+    offs_m = start_m * Q + i
+    x_t_c = read(x_t, row, offs_m < L, GX, h // (H // GX), Q, N_T)
+    x_c = read(x, row, offs_m < L, G, h // (H // G), Q, N)
+    A, total = decays(a, row, offs_m < L, H, h, Q)
+    n_tiles = start_m + 1 if ROWS else tl.cdiv(L, Q) - start_m          # from the diagonal outward
 
     zero = tl.zeros((Q,), tl.float32)
-    if ROWS:
-        top, mass = zero - float("inf"), zero                           # the teacher's softmax
-        for d in range(n):
-            z_t_c = read(z_t, row - d * Q, at - d * Q < L, GZ, h // (H // GZ), Q, N_T)
-            score = dot(x_t_c, tl.trans(z_t_c), None, FP32_T) * scale
-            there = at - d * Q
-            seen = (at[:, None] >= there[None, :]) & (at[:, None] < (there + window)[None, :])
-            score = tl.where(seen, score, float("-inf"))
-            higher = tl.maximum(top, tl.max(score, 1))
-            mass = mass * tl.exp2(top - higher) + tl.sum(tl.exp2(score - higher[:, None]), 1)
-            top = higher
-        norm = top + tl.log2(mass)
-        tl.store(lse + at, norm, mask=at < L)
+    if ROWS:                                                            # the teacher's softmax
+        m_i = zero - float("inf")
+        l_i = zero
+        for d in range(n_tiles):
+            z_t_c = read(z_t, row - d * Q, offs_m - d * Q < L, GZ, h // (H // GZ), Q, N_T)
+            qk = dot(x_t_c, tl.trans(z_t_c), None, FP32_T) * scale      # (Q, Q)
+            offs_n = offs_m - d * Q
+            visible = ((offs_m[:, None] >= offs_n[None, :])
+                       & (offs_m[:, None] < (offs_n + window)[None, :]))
+            qk = tl.where(visible, qk, float("-inf"))
+            m_new = tl.maximum(m_i, tl.max(qk, 1))
+            l_i = l_i * tl.exp2(m_i - m_new) + tl.sum(tl.exp2(qk - m_new[:, None]), 1)
+            m_i = m_new
+        lse_m = m_i + tl.log2(l_i)
+        tl.store(lse + offs_m, lse_m, mask=offs_m < L)
 
-    D_h, acc, dA_c = tl.load(D + h), tl.zeros((Q, N), tl.float32), zero
-    wrong, size, trace, between = zero, zero, zero, 0.0                 # between: decay of tiles
-    for d in range(n):
-        far = -d * Q if ROWS else d * Q
-        there = at + far
-        z_t_c = read(z_t, row + far, there < L, GZ, h // (H // GZ), Q, N_T)
-        z_c = read(z, row + far, there < L, G, h // (H // G), Q, N)
-        A_z, total_z = decays(a, row + far, there < L, H, h, Q)
+    D_h = tl.load(D + h)
+    acc = tl.zeros((Q, N), tl.float32)                                  # dx
+    dA_c = zero
+    squares = zero                                                      # of E
+    squares_t = zero                                                    # of the teacher's matrix
+    trace = zero                                                        # of E
+    A_between = 0.0                                     # log decay of the tiles between m and n
+    for d in range(n_tiles):
+        shift = -d * Q if ROWS else d * Q
+        offs_n = offs_m + shift
+        z_t_c = read(z_t, row + shift, offs_n < L, GZ, h // (H // GZ), Q, N_T)
+        z_c = read(z, row + shift, offs_n < L, G, h // (H // G), Q, N)
+        A_z, total_z = decays(a, row + shift, offs_n < L, H, h, Q)
         if ROWS:
-            keep = (at[:, None] >= there[None, :]) & (at < L)[:, None]
-            left = tl.where(d > 0, between + total_z, 0.0)
-            gap, norm_c = A[:, None] + (left - A_z)[None, :], norm[:, None]
+            causal = (offs_m[:, None] >= offs_n[None, :]) & (offs_m < L)[:, None]
+            A_tiles = tl.where(d > 0, A_between + total_z, 0.0)
+            gap = A[:, None] + (A_tiles - A_z)[None, :]
+            lse_c = lse_m[:, None]
         else:
-            keep = (at[:, None] <= there[None, :]) & (there < L)[None, :]
-            left = tl.where(d > 0, between + total, 0.0)
-            gap = A_z[None, :] + (left - A)[:, None]
-            norm_c = tl.load(lse + there, mask=there < L, other=0.0)[None, :]
-        between += tl.where(d > 0, total_z, 0.0)
-        target = tl.where(keep, dot(x_t_c, tl.trans(z_t_c), None, FP32_T) * scale - norm_c,
+            causal = (offs_m[:, None] <= offs_n[None, :]) & (offs_n < L)[None, :]
+            A_tiles = tl.where(d > 0, A_between + total, 0.0)
+            gap = A_z[None, :] + (A_tiles - A)[:, None]
+            lse_c = tl.load(lse + offs_n, mask=offs_n < L, other=0.0)[None, :]
+        A_between += tl.where(d > 0, total_z, 0.0)
+        target = tl.where(causal, dot(x_t_c, tl.trans(z_t_c), None, FP32_T) * scale - lse_c,
                           float("-inf"))
-        if d * Q > window - Q:                                          # parts of a tile, or all
-            near = d * Q + (i[:, None] - i[None, :] if ROWS else i[None, :] - i[:, None]) < window
-            target = tl.where(near, target, float("-inf"))
-        target = tl.exp2(target)
-        decay = tl.exp2(tl.where(keep, gap, float("-inf")))
-        M = dot(x_c, tl.trans(z_c), None, FP32) * decay
-        same = keep & (at[:, None] == there[None, :])
-        E = M - target + tl.where(same, D_h, 0.0)
+        if d * Q > window - Q:                          # a tile partly or fully beyond the window
+            distance = d * Q + (i[:, None] - i[None, :] if ROWS else i[None, :] - i[:, None])
+            target = tl.where(distance < window, target, float("-inf"))
+        target = tl.exp2(target)                                        # (Q, Q)
+        decay = tl.exp2(tl.where(causal, gap, float("-inf")))
+        M = dot(x_c, tl.trans(z_c), None, FP32) * decay                 # (Q, Q)
+        diagonal = causal & (offs_m[:, None] == offs_n[None, :])
+        E = M - target + tl.where(diagonal, D_h, 0.0)
         dA_c += tl.sum(E * M, 1)
         acc = dot((E * decay).to(z_c.dtype), z_c, acc, FP32)
         if ROWS:
-            wrong += tl.sum(E * E, 1)
-            size += tl.sum(target * target, 1)
-            trace += tl.sum(tl.where(same, E, 0.0), 1)
-    write(dx, row, at < L, H, h, acc, Q, N)
-    tl.store(dA + row * H + h + i * H, dA_c, mask=at < L)
+            squares += tl.sum(E * E, 1)
+            squares_t += tl.sum(target * target, 1)
+            trace += tl.sum(tl.where(diagonal, E, 0.0), 1)
+    write(dx, row, offs_m < L, H, h, acc, Q, N)
+    tl.store(dA + row * H + h + i * H, dA_c, mask=offs_m < L)
     if ROWS:
-        out = sums + ((b.to(tl.int64) * H + h) * tl.num_programs(0) + mine) * 3
-        tl.store(out, tl.sum(wrong, 0))
-        tl.store(out + 1, tl.sum(size, 0))
+        out = sums + ((b.to(tl.int64) * H + h) * tl.num_programs(0) + start_m) * 3
+        tl.store(out, tl.sum(squares, 0))
+        tl.store(out + 1, tl.sum(squares_t, 0))
         tl.store(out + 2, tl.sum(trace, 0))
 
 
 def orientation_triton(q_t, k_t, scale, window, q, k, a, D):
-    """The same by tiles: rows of E for dq, then columns for dk, so that programs share nothing."""
-    (B, L, H), (G, N), N_T = a.shape, q.shape[2:], k_t.shape[-1]
+    """The same by tiles: rows of E for dq, then columns for dk, so that programs share no output"""
+    (B, L, H), (G, N), N_t = a.shape, q.shape[2:], k_t.shape[-1]
     q_t, k_t, q, k, a, D = (x.contiguous() for x in (q_t, k_t, q, k, a.float(), D.float()))
     fp32_t, fp32 = (x.dtype == torch.float32 for x in (q_t, q))
-    Q, warps, stages = orientation_tiles(N, N_T, fp32 or fp32_t, architecture(q))
+    Q, warps, stages = orientation_tiles(N, N_t, fp32 or fp32_t, architecture(q))
+    n_tiles = -(-L // Q)
     dq, dk = (x.new_empty(B, L, H, N, dtype=torch.float32) for x in (q, k))
-    lse, rows, columns = a.new_empty(B, H, L), torch.empty_like(a), torch.empty_like(a)
-    sums = a.new_empty(B, H, -(-L // Q), 3)
+    dA_rows, dA_columns = (torch.empty_like(a) for _ in range(2))       # (B, L, H)
+    lse = a.new_empty(B, H, L)
+    sums = a.new_empty(B, H, n_tiles, 3)
+    scale = scale / math.log(2)                                         # exponents are to base 2
+    passes = ((q_t, k_t, q, k, dq, dA_rows, True), (k_t, q_t, k, q, dk, dA_columns, False))
     with torch.cuda.device_of(q):
-        for asks in (True, False):
-            x_t, z_t, x, z = (q_t, k_t, q, k) if asks else (k_t, q_t, k, q)
-            orientation_kernel[(-(-L // Q), H, B)](
-                x_t, z_t, scale / math.log(2), window, x, z, a, D, lse, dq if asks else dk,
-                rows if asks else columns, sums, L, H, x_t.shape[2], z_t.shape[2], G, N_T, N, Q,
-                fp32_t, fp32, asks, num_warps=warps, num_stages=stages)
+        for x_t, z_t, x, z, dx, dA, rows in passes:
+            orientation_kernel[(n_tiles, H, B)](
+                x_t, z_t, scale, window, x, z, a, D, lse, dx, dA, sums, L, H, x_t.shape[2],
+                z_t.shape[2], G, N_t, N, Q, fp32_t, fp32, rows, num_warps=warps, num_stages=stages)
     squares, squares_t, dD = sums.sum(2).unbind(-1)                     # (B, H) each
-    return dq, dk, rows - columns, dD, squares, squares_t
+    return dq, dk, dA_rows - dA_columns, dD, squares, squares_t
 
 
-def orientation_tiles(N, N_T, fp32, arch):
-    """-> tile, warps, pipeline stages"""
-    widest = max(N, N_T)
+def orientation_tiles(N, N_t, fp32, arch):
+    """-> tile, warps, pipeline stages: chosen like `configuration`, so that nothing spills"""
+    widest = max(N, N_t)
     if arch == 90 and widest <= 64 and not fp32:
         return 64, 4, 1
     return 16 if fp32 else 32, 8 if widest > 64 or fp32 and widest == 16 else 4, 1
 
 
 def orientation_loss_naive(q_t, k_t, scale, q, k, a, D, window=None):
-    """The same with both matrices in full, as the formula reads: referee of orientation_loss."""
+    """The same with both matrices in full, as the formula reads: the oracle of orientation_loss"""
     L, H = a.shape[1:]
     M = mixing_matrix(q, k, a) + torch.diag_embed(D[:, None].expand(H, L))
     return distance_in_full(q_t, k_t, scale, M, window)[0]
@@ -1013,3 +1021,96 @@ def distance_in_full(q_t, k_t, scale, M, window=None):
     """orientation_loss and the size, of any matrices M (B, H, L, L), which are there in full."""
     target = attention_matrix(q_t.to(M.dtype), k_t.to(M.dtype), scale, window)  # (B, H, L, L)
     return tuple(x.norm(dim=(-1, -2)).mean() for x in (M - target, target))
+
+
+# -----------------------------------------------------------------------------
+# What all forms share: checks, shapes, products that autocast does not round, sums of decays
+
+def check(q, k, v, a, S, cu):
+    """ValueError, with the shapes, unless they are what ssd says"""
+    (B, L, H, P), (G, N) = v.shape, q.shape[2:]
+    if q.shape != (B, L, G, N) or k.shape != q.shape or a.shape != (B, L, H) or H % G or L < 1:
+        raise ValueError("ssd needs q, k (B, L, G, N), v (B, L, H, P), a (B, L, H) and G "
+                         f"dividing H; got q {tuple(q.shape)}, k {tuple(k.shape)}, "
+                         f"v {tuple(v.shape)}, a {tuple(a.shape)}")
+    shape = (B, H, N, P) if cu is None else (B, len(cu) - 1, H, N, P)
+    if S is not None and S.shape != shape:
+        raise ValueError(f"ssd needs a state of shape {shape}, got {tuple(S.shape)}")
+
+
+def boundaries(cu_seqlens, L):
+    """-> the boundaries of the documents as a list, checked"""
+    cu = cu_seqlens.tolist()
+    if cu[:1] != [0] or cu[-1] != L or any(i >= j for i, j in itertools.pairwise(cu)):
+        raise ValueError(f"cu_seqlens must rise from 0 to L = {L}, got {cu}")
+    return cu
+
+
+def per_head(x, H):
+    """(B, L, G, N) -> (B, L, H, N): each group's q or k, once for each of its heads."""
+    return x if x.shape[2] == H else x.repeat_interleave(H // x.shape[2], dim=2)
+
+
+def at_least_fp32(dtype):
+    """The dtype of decays and states: never less than fp32, since errors there add up over L."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+CACHE_BLOCK = 2**18             # elements of q, k or v in a block: what the cache of a CPU holds
+
+
+def cache_blocks(v, N, Q):
+    """Slices of the sequence, each of some chunks: on a CPU as long as fits its cache, else all."""
+    B, L, H, P = v.shape
+    step = L
+    if v.device.type == "cpu":
+        step = max(Q, CACHE_BLOCK // (B * H * max(N, P)) // Q * Q)
+    return [slice(i, i + step) for i in range(0, L, step)]
+
+
+class Product(torch.autograd.Function):
+    """x @ y, in their dtype. Of what the forms compute, autocast would round the matrix products
+    only: those of the forward and, where it surrounds the backward too, those of the gradient."""
+
+    @staticmethod
+    @outside_autocast
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        return x @ y
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx, dz):
+        x, y = ctx.saved_tensors
+        dz = dz.contiguous()
+        dx = dz @ y.mT if ctx.needs_input_grad[0] else None
+        dy = x.mT @ dz if ctx.needs_input_grad[1] else None
+        return dx, dy
+
+
+product = Product.apply
+
+FLOOR = {torch.float32: -112.0, torch.float64: -752.0}      # multiples of 16 where e^a is 0
+
+
+def floored(a, dtype):
+    """a in this dtype and finite. Below the floor e^a is 0 whatever a, and so is a's gradient."""
+    return a.to(dtype).clamp_min(FLOOR[dtype])
+
+
+def running_sums(a, dim=-1):
+    """a, floored -> W and A, whose sum is the running sum of a along dim.
+
+    The decay between two tokens is a difference of running sums. In one sum a reset, say a = -100,
+    would cost every token behind it digits of its own small decay. So the multiples of 16 in a are
+    summed by themselves: W has no rounding error, and A is as small as without resets. Where
+    nothing is below -16 (e^-16 is the last digit of an fp32 number) W is 0.
+    """
+    multiples = (a.detach() / 16).trunc_().mul_(16)
+    return multiples.cumsum(dim), (a - multiples).cumsum(dim)
+
+
+def until_end(W, A, dim=-1):
+    """The running sums of a -> a_(j+1) + ... + a_Q along dim"""
+    last = A.shape[dim] - 1
+    return (W.narrow(dim, last, 1) - W).add_(A.narrow(dim, last, 1)).sub_(A)

@@ -487,9 +487,9 @@ def test_autograd_and_the_compiler_see_through_the_operator():
     cu = torch.tensor([0, 20], dtype=torch.int32, device=DEVICE)
     leaves = [x.requires_grad_() for x in (q, k, v, a, S[:, None].clone())]
     torch.library.opcheck(ssd_kernel.ssd_op, (*leaves, cu, True, 1))
-    y, last, doors = ssd_kernel.ssd_op(*leaves, cu, True, 1)
+    y, last, states = ssd_kernel.ssd_op(*leaves, cu, True, 1)
     torch.library.opcheck(ssd_kernel.ssd_backward_op,
-                          (*(x.detach() for x in (q, k, v, a, cu, doors, y, last)), 1))
+                          (*(x.detach() for x in (q, k, v, a, cu, states, y, last)), 1))
 
     def layer(q, k, v, a):
         return ssd(q * 2, k, v, a, backend="triton").tanh()
@@ -516,11 +516,11 @@ def test_offsets_beyond_32_bits_are_right():
 
     @ssd_kernel.jit
     def probe(x, cu, out, L, H: tl.constexpr, P: tl.constexpr):
-        h, _, row, _, _, hi, state, door = ssd_kernel.share(cu, L, 1, H, 1, 64)
+        h, _, row, _, _, hi, state, stored = ssd_kernel.program_range(cu, L, 1, H, 1, 64)
         at = ssd_kernel.tile(x, row + hi - 16, H, h, 16, P).to(tl.int64) - x.to(tl.int64)
         out += (tl.program_id(2) * H + h) * 3
         tl.store(out, tl.max(tl.max(at, 1), 0))
-        at = ssd_kernel.tile(x, (door * H + h) * P, 1, 0, P, P).to(tl.int64) - x.to(tl.int64)
+        at = ssd_kernel.tile(x, (stored * H + h) * P, 1, 0, P, P).to(tl.int64) - x.to(tl.int64)
         tl.store(out + 1, tl.max(tl.max(at, 1), 0))
         tl.store(out + 2, state)
 
@@ -530,8 +530,8 @@ def test_offsets_beyond_32_bits_are_right():
     probe[(1, H, B)](x, cu, out, L, H, P)
     for b, h in ((0, 0), (2, 5), (3, 31)):
         last_row = 4 * ((((b + 1) * L - 1) * H + h) * P + P - 1)                # in bytes
-        door = 4 * (((b * (L // 64 + 1) * H + h) * P + P - 1) * P + P - 1)
-        assert out[b, h].tolist() == [last_row, door, b * H + h]
+        stored = 4 * (((b * (L // 64 + 1) * H + h) * P + P - 1) * P + P - 1)
+        assert out[b, h].tolist() == [last_row, stored, b * H + h]
     assert 4 * B * L * H * P > 2**31
 
 
@@ -550,9 +550,10 @@ def compiled_ahead(job):
     torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     W, forward, backward = ssd_kernel.configuration(N, P, torch_dtype, arch)
     tiles = ssd_kernel.orientation_tiles(N, P, dtype == "fp32", arch)
-    walk = dict(H=32, G=32, N=N, P=W, FP32=dtype == "fp32", PIECES=2, DOOR=ssd_kernel.DOOR)
+    walk = dict(H=32, G=32, N=N, P=W, FP32=dtype == "fp32", PIECES=2,
+                STATE_EVERY=ssd_kernel.STATE_EVERY)
     look = dict(H=32, GX=32, GZ=32, G=32, N=N, N_T=P, FP32=dtype == "fp32", FP32_T=dtype == "fp32")
-    kernels = [("forward", forward, walk | {"KEEP": True}), ("backward", backward, walk),
+    kernels = [("forward", forward, walk | {"STORE": True}), ("backward", backward, walk),
                ("piece", forward, walk | {"BACKWARD": False}),
                ("piece", backward, walk | {"BACKWARD": True}),
                ("orientation", tiles, look | {"ROWS": True}),
