@@ -88,17 +88,15 @@ class Tokenizer:
     vocab_size: one more than the largest id that text can get
     eot: the id that separates documents
     stop_ids: every id that ends a text or a turn, sorted
-    dtype: the narrowest integer that holds an id
-    threads: how many tiktoken may use
     fingerprint: a hash of the ids of PROBE; tokenizers with the same fingerprint agree
     """
 
     def __init__(self, name):
         self.name = "bytes" if name == "tiny" else str(name)
-        self.threads = 8
+        self.threads = 8                        # how many tiktoken may use
         if self.name == "bytes":
-            self.hf = None
-            self.tiktoken = byte_encoding()
+            self.hf = None                      # transformers' tokenizer
+            self.tiktoken = byte_encoding()     # or None: then `hf` encodes
             self.vocab_size = self.tiktoken.n_vocab
             self.eot = self.tiktoken.eot_token
             self.stop_ids = (self.eot,)
@@ -108,6 +106,7 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(probe_ids).hexdigest()[:16]
 
     def _from_transformers(self):
+        """Set hf, tiktoken, vocab_size, eot and stop_ids."""
         path, options = resolve_name(self.name)
         try:
             self.hf = AutoTokenizer.from_pretrained(path, **options)
@@ -116,6 +115,7 @@ class Tokenizer:
                              "(with no network: python distill.py --preset tiny)") from error
         self.tiktoken = gpt2_encoding(self.hf)    # the same ids, several times as fast, or None
         vocabulary = self.hf.get_vocab()
+        # eos is the second choice, because a chat model's ends a turn.
         self.eot = vocabulary.get(END_OF_TEXT, self.hf.eos_token_id)
         if self.eot is None:
             raise UsageError(f"the tokenizer of {self.name} has no end-of-text token "
@@ -124,8 +124,7 @@ class Tokenizer:
         # encode_batch gives text no special id, except the one that stands for the unknown.
         text_ids = set(vocabulary.values()) - special
         self.vocab_size = max(text_ids | {self.eot, self.hf.unk_token_id or 0}) + 1
-        # The model's files may name an id that text has: a default of transformers can be any
-        # letter. So only their special ids count.
+        # Only special ids of the model's files count: a default of transformers may be any letter.
         ends = {self.eot, self.hf.eos_token_id} | (end_tokens(path) & special)
         self.stop_ids = tuple(sorted(ends - {None}))
 
@@ -138,11 +137,12 @@ class Tokenizer:
 
     @property
     def dtype(self):
+        """The narrowest integer that holds every id"""
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
     def encode_batch(self, texts):
-        """-> a list of ids for each text. Text that spells a special token is split like any other
-        text: otherwise a document could end another one, or a prompt give commands."""
+        """-> a list of ids for each text. Text that spells a special token is split as other text
+        is, because otherwise it could end its own document."""
         texts = [without_surrogates(text) for text in texts]
         if self.tiktoken and not (self.hf and any(map(has_long_blank, texts))):
             return self.tiktoken.encode_ordinary_batch(texts, num_threads=self.threads)
@@ -192,7 +192,7 @@ def end_tokens(path):
             file = None
         if file is not None:
             ids = json.loads(Path(file).read_text("utf-8")).get("eos_token_id")
-            found |= set(ids if isinstance(ids, list) else [ids])
+            found |= set(ids if isinstance(ids, list) else [ids])  # one id or several
     return found
 
 
@@ -213,7 +213,7 @@ def byte_tokenizer(eot):
     backend.decoder = tokenizers.decoders.ByteLevel()
     end = tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)
     backend.add_special_tokens([end])
-    assert backend.token_to_id(END_OF_TEXT) == eot
+    assert backend.token_to_id(END_OF_TEXT) == eot  # as in byte_encoding
     return PreTrainedTokenizerFast(tokenizer_object=backend,
                                    eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
 
@@ -237,18 +237,18 @@ def gpt2_encoding(hf):
     backend = getattr(hf, "backend_tokenizer", None)
     if backend is None:                                         # a tokenizer in Python
         return None
-    about = json.loads(backend.to_str())
+    about = json.loads(backend.to_str())                        # the contents of tokenizer.json
     model = about["model"]
-    split = about["pre_tokenizer"] or {}
-    if model["type"] != "BPE" or split.get("type") != "ByteLevel":
+    split = about["pre_tokenizer"] or {}                        # null: text is not split
+    if model["type"] != "BPE" or split.get("type") != "ByteLevel":  # SentencePiece, or others
         return None
     if split.get("add_prefix_space") or not split.get("use_regex", True):
-        return None                                             # not GPT-2's pattern
-    if about["normalizer"] or not model["merges"]:              # not GPT-2's text, or plain bytes
+        return None                                             # words are cut in another way
+    if about["normalizer"] or not model["merges"]:              # text is altered; nothing to merge
         return None
 
     # tiktoken merges the pair of the lowest id first: ids must count up in the order of merging.
-    ids = model["vocab"]
+    ids = model["vocab"]                                        # {letters: id}
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     if any(ids.get(a + b) != 256 + n for n, (a, b) in enumerate(pairs)):
         return None
@@ -262,8 +262,9 @@ def gpt2_encoding(hf):
     ranks = {bytes(to_byte[letter] for letter in token): n for token, n in ids.items()
              if n < 256 + len(pairs)}
     ranks |= {run.encode(): n for run, n in added.items()}
-    first = r" {2,31}|\t{2,9}|" if added else ""
-    space = r"(?:(?! {2}|\t{2})\s)" if added else r"\s"
+    first = r" {2,31}|\t{2,9}|" if added else ""                # Phi's runs
+    space = r"(?:(?! {2}|\t{2})\s)" if added else r"\s"         # one that starts no run
+    # GPT-2's pattern, with possessive quantifiers (++), which do not backtrack.
     words = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|"
     pattern = first + words + rf"{space}++(?!\S)|{space}+(?={space})|{space}"
     return tiktoken.Encoding("gpt2 like", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
@@ -271,6 +272,16 @@ def gpt2_encoding(hf):
 
 # -----------------------------------------------------------------------------
 # Sources of text
+
+UNREADABLE = "\udcff"       # stands for bytes that are not in the encoding, until they are counted
+MOST_UNREADABLE = 0.25      # share of a file's beginning: more is another encoding, or no text
+END = b"\xff"               # of a document, in the checksum of a text: no byte of UTF-8
+MARKS = {codecs.BOM_UTF8: "utf-8",      # UTF-32's begins like UTF-16's and must be tried before it
+         codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
+         codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+codecs.register_error("unreadable", lambda error: (UNREADABLE, error.end))
+NOTHING_READ = {"files": 0, "pieces": 0, "crc32": 0, "repaired": {}, "left out": {}}
+
 
 class Documents:
     """The text of `source`, piece by piece, from any position on.
@@ -296,8 +307,8 @@ class Documents:
         """Yields (pieces, record): about BATCH characters, and where to go on after them.
 
         pieces: as pieces() yields them; the last batch may be empty
-        record: JSON. "place" in files is the number of pieces before, because reading is fast
-                beside tokenising. A Hugging Face data set has its own state. "read" is self.read.
+        record: JSON. "place" in files is the number of pieces before it: to read them again takes
+                little time beside tokenising. Data sets of the hub have a state. "read": self.read
         """
         batch, size = [], 0
         for text, ends in self.pieces(record or {}):
@@ -309,6 +320,7 @@ class Documents:
         yield batch, self.record()
 
     def record(self):
+        """What a later call of batches() needs to go on from here"""
         place = self.read["pieces"] if self.rows is None else self.rows.state_dict()
         return {"place": place, "read": copy.deepcopy(self.read)}
 
@@ -325,11 +337,11 @@ class Documents:
             if not isinstance(text, str):
                 raise UsageError(f'{self.source} row {number}: expected text in a field '
                                  f'"text", found {str(text)[:60]}')
-            text = self._count(text, ends)
-            if number > skip:
+            text = self._clean(text, ends)
+            if number > skip:           # else it lies before `record`
                 yield text, ends
 
-    def _count(self, text, ends):
+    def _clean(self, text, ends):
         """-> `text` without surrogates, counted in self.read"""
         clean = without_surrogates(text)
         if clean is not text:
@@ -355,7 +367,7 @@ class Documents:
                     files["n"] += 1
 
     def _from_hub(self, place):
-        import datasets
+        import datasets                         # it takes seconds, and only this needs it
         with errors_in_one_line(f"stream the data set {self.source} "
                                 "(with no network: python distill.py --preset tiny)"):
             go_offline_if_unreachable()
@@ -365,7 +377,7 @@ class Documents:
             if place:
                 self.rows.load_state_dict(place)
             for row in self.rows:
-                yield row.get("text", row), True
+                yield row.get("text", row), True            # pieces() refuses a row without text
 
     def differ_from(self, meta):
         """Is this text another than the one that `meta` was made from?
@@ -388,16 +400,13 @@ class Documents:
         return any(again.read[key] != meta["read"][key] for key in ("pieces", "crc32"))
 
 
-NOTHING_READ = {"files": 0, "pieces": 0, "crc32": 0, "repaired": {}, "left out": {}}
-
-
 def checksum(about):
     return zlib.crc32(json.dumps(about).encode())
 
 
 @contextlib.contextmanager
 def errors_in_one_line(doing):
-    """Network, unknown id, gzip, Parquet: what fails to be read raises errors of many types."""
+    """UsageError for what reading raises: network, unknown id, gzip and Parquet have many types."""
     try:
         yield
     except UsageError:
@@ -451,48 +460,39 @@ def why_left_out(path, alone):
     return None
 
 
-UNREADABLE = "\udcff"       # stands for bytes that are not in the encoding, until they are counted
-MOST_UNREADABLE = 0.25      # share of a file's beginning: more is another encoding, or no text
-END = b"\xff"               # of a document, in the checksum of a text: no byte of UTF-8
-# UTF-32 stands before UTF-16, whose mark is the first half of its mark.
-MARKS = {codecs.BOM_UTF8: "utf-8",
-         codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
-         codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-codecs.register_error("unreadable", lambda error: (UNREADABLE, error.end))
-
-
 def opened(path):
     """The text of a file, after its byte order mark. What is not in its encoding is UNREADABLE."""
     file = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
     mark = next((mark for mark in MARKS if file.peek(4).startswith(mark)), b"")
-    file.read(len(mark))
+    file.read(len(mark))                            # the text begins after it
     return io.TextIOWrapper(file, MARKS.get(mark, "utf-8"), errors="unreadable")
 
 
-# Each reader yields (text, ends), as Documents.pieces does.
-
 def read_whole(path):
+    """One document a file, also an empty one. All four readers yield (text, ends)."""
     with opened(path) as file:
         yield file.read(), True
 
 
 def read_text(path):
+    """One document a file, in pieces of PIECE characters and the rest of a line"""
     with opened(path) as file:
         text = file.read(PIECE)
         while text:
             if text[-1] != "\n":
-                text += file.readline(PIECE)      # cut at the end of a line, where tokens end too
+                text += file.readline(PIECE)        # at the end of a line tokens end too
             following = file.read(PIECE)
-            yield text, not following
+            yield text, not following               # the last piece ends the document
             text = following
 
 
 def read_json(path):
+    """One document a line"""
     with opened(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:                                  # a mark is left where files were put together
+            try:                                    # files put together leave a mark inside
                 yield json.loads(line.lstrip("\ufeff"))["text"], True
             except (ValueError, KeyError, TypeError) as error:
                 raise UsageError(f"{path} line {number}: expected one JSON object "
@@ -500,12 +500,13 @@ def read_json(path):
 
 
 def read_parquet(path):
-    import pyarrow.parquet
+    """One document a row"""
+    import pyarrow.parquet                          # only this needs it
     file = pyarrow.parquet.ParquetFile(path)
     for rows in file.iter_batches(batch_size=1000, columns=["text"]):
         try:
             texts = rows["text"].to_pylist()
-        except UnicodeDecodeError:      # Arrow does not check that its strings are UTF-8
+        except UnicodeDecodeError:                  # Arrow does not check its writer's UTF-8
             texts = [data if data is None else data.decode("utf-8", "unreadable")
                      for data in rows["text"].cast(pyarrow.binary()).to_pylist()]
         for text in texts:
@@ -517,7 +518,7 @@ READERS = {".txt": read_text, ".md": read_text, ".rst": read_text, ".py": read_t
 
 
 def reader(path):
-    """The function that reads `path`, by its name; None for a kind of file that we cannot read."""
+    """The function that reads `path`, by its name; None for a file of another kind."""
     return READERS.get(path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix)
 
 
@@ -527,8 +528,8 @@ def reader(path):
 def encoded(batches, tokenizer, processes=1):
     """(pieces, record), ... -> (an array of ids for each piece, record), ... in the same order
 
-    Several processes take turns: before a worker gets a new batch, its previous result is read. So
-    each has one batch, and memory does not grow:
+    Round robin: before a worker gets a new batch, its previous result is read. So each worker has
+    one batch, and memory does not grow:
 
         batch    1 2 3 4 5 6 ...
         worker   1 2 3 1 2 3 ...
@@ -537,12 +538,12 @@ def encoded(batches, tokenizer, processes=1):
         for pieces, record in batches:
             yield encode(pieces, tokenizer), record
         return
-    workers = dict(start_worker(tokenizer) for _ in range(processes))
+    workers = dict(start_worker(tokenizer) for _ in range(processes))       # {pipe: process}
     sent = collections.deque()                      # (worker, record) of batches without a result
     try:
         for (pieces, record), worker in zip(batches, itertools.cycle(workers)):
             results = []
-            if len(sent) == processes:              # the oldest batch is the one of this worker
+            if len(sent) == processes:              # the first of them is this worker's
                 results.append((received(worker), sent.popleft()[1]))
             worker.send(pieces)                     # before the yield: it works while we write
             sent.append((worker, record))
@@ -589,6 +590,7 @@ def work(parent_end, pipe, tokenizer):
 
 
 def received(worker):
+    """What encode() returned in the worker, or the UsageError that it raised"""
     result = worker.recv()
     if isinstance(result, UsageError):
         raise result
@@ -613,7 +615,7 @@ def encode(pieces, tokenizer):
     try:
         batch = tokenizer.encode_batch(texts) if texts else []      # transformers takes no []
         return [np.asarray(ids + [tokenizer.eot] * ends, tokenizer.dtype)
-                for ids, (_, ends) in zip(batch, pieces, strict=True)]
+                for ids, (_, ends) in zip(batch, pieces, strict=True)]      # (tokens,) each
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:      # a panic in tiktoken's or tokenizers' Rust is no Exception
@@ -636,13 +638,14 @@ def prepare(source, folder, tokenizer, config=None, tokens=None, processes=None)
     another process prepares it, or if the disk is too small.
     """
     folder, documents = Path(folder), Documents(source, config)
+    # Only a call with the same recipe may go on with what this one leaves unfinished.
     recipe = {"source": str(source), "config": config, "files": documents.files, "budget": tokens,
               "tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint,
               "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
               "dtype": tokenizer.dtype.name}
     if processes is None:
-        # One reader feeds about eight workers. To encode bytes takes no longer than to send them,
-        # and only on Linux are forks safe.
+        # One reader feeds about eight. Encoding bytes is as fast as sending them to a worker, and
+        # forks are safe on Linux only.
         one = tokenizer.name == "bytes" or sys.platform != "linux"
         processes = 1 if one else min(8, os.cpu_count())
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -650,10 +653,14 @@ def prepare(source, folder, tokenizer, config=None, tokens=None, processes=None)
     with locked(folder):
         meta = unfinished(folder, partial, recipe, documents)
         try:
-            check_space(folder, tokenizer.dtype.itemsize * ((tokens or 0) - meta["train_tokens"]))
+            needed = tokenizer.dtype.itemsize * ((tokens or 0) - meta["train_tokens"])
+            free = shutil.disk_usage(folder.parent).free
+            if needed > free:
+                raise UsageError(f"{folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
+                                 "free: make room, or stream with distill.py --stream")
             partial.mkdir(exist_ok=True)
             write_shards(documents, partial, tokenizer, meta, processes)
-            partial.rename(folder)
+            partial.rename(folder)              # from here on it is complete
         except BaseException as error:
             raise with_progress(error, folder, partial) from error.__cause__
     print(f"prepared {folder} | {meta['train_tokens']:,} training and {meta['val_tokens']:,} "
@@ -674,7 +681,7 @@ def locked(folder):
     try:
         yield
     finally:
-        path.unlink()                   # while it is ours: later it may be another process's lock
+        path.unlink()               # before the release: after it another process may lock it
         lock.release()
 
 
@@ -699,15 +706,8 @@ def unfinished(folder, partial, recipe, documents):
     return meta
 
 
-def check_space(folder, needed):
-    free = shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise UsageError(f"{folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
-                         "make room, or stream with distill.py --stream")
-
-
 def with_progress(error, folder, partial):
-    """-> what to raise for `error`: it adds where the saved part is. Without one, nothing stays."""
+    """-> what to raise for `error`. It says where the saved part is; if none is, nothing stays."""
     # Errors of reading are UsageErrors already, and a broken pipe is that of our own output.
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         error = UsageError(f"cannot write to {folder}: {first_line(error)}")
@@ -720,32 +720,32 @@ def with_progress(error, folder, partial):
 
 
 def write_shards(documents, partial, tokenizer, meta, processes):
-    """Write all from meta["place"] to the end of the text or of the budget; `meta` counts along.
+    """Write shards from meta["place"] on to the end of the text or the budget, and update `meta`.
 
-    val.bin gets the next document whenever it has less than HELD_OUT of the tokens so far. So its
-    documents are spread evenly over the text.
+    A document goes to val.bin whenever that has less than HELD_OUT of the tokens so far. So the
+    documents for validation come evenly from all over the text.
     """
     budget = meta["budget"]
-    unsaved = {"train": [], "val": []}
+    unsaved = {"train": [], "val": []}              # arrays of ids
     saved = time.perf_counter()
-    # Without a place the run before was killed when it had only to rename the folder.
+    # Without a place nothing is left: an earlier call was killed just before its partial.rename().
     batches = documents.batches(meta) if "place" in meta else iter(())
     with (contextlib.closing(encoded(batches, tokenizer, processes)) as stream,
           tqdm(total=budget, initial=meta["train_tokens"], unit=" tokens", unit_scale=True,
                mininterval=0.5, desc=f"prepare {documents.source}") as bar):
         for pieces, record in stream:
-            meta |= record
+            meta |= record                          # "place" and "read"
             if documents.source != "stdlib":        # whose files are never split
                 pieces = parts_of(pieces, tokenizer.eot)
             for ids in pieces:
                 share = HELD_OUT * (meta["train_tokens"] + meta["val_tokens"])
                 split = "val" if meta["val_tokens"] < min(share, HELD_OUT_MOST) else "train"
-                unsaved[split].append(ids)
+                unsaved[split].append(ids)                                  # (tokens,)
                 meta[f"{split}_tokens"] += len(ids)
-                meta["documents"] += int((ids[-1:] == tokenizer.eot).sum())
+                meta["documents"] += int((ids[-1:] == tokenizer.eot).sum())     # 1 if it ends here
             bar.update(meta["train_tokens"] - bar.n)
             if budget and meta["train_tokens"] >= budget:
-                break
+                break                               # after a complete batch, so by a little more
             if time.perf_counter() - saved >= SAVE_SECONDS:
                 save(partial, meta, unsaved)
                 saved = time.perf_counter()
@@ -758,16 +758,15 @@ def write_shards(documents, partial, tokenizer, meta, processes):
 
 
 def parts_of(pieces, eot):
-    """Split each long document, which else would be all training or all validation.
+    """Split each long document: otherwise all of it would be for training, or for validation.
 
-    write_shards takes one part of 25 for validation, which is HELD_OUT. Text files come in pieces
-    already.
+    Of 25 parts write_shards takes one for validation, which is HELD_OUT. Text files come in pieces.
     """
     for ids in pieces:
         parts = 1
         if len(ids) > PIECE and ids[-1] == eot:
             parts = max(round(1 / HELD_OUT), math.ceil(len(ids) / PIECE))
-        yield from np.array_split(ids, parts)
+        yield from np.array_split(ids, parts)                               # (tokens / parts,)
 
 
 def save(partial, meta, unsaved):
@@ -779,8 +778,8 @@ def save(partial, meta, unsaved):
     with open(partial / "meta.tmp", "w", encoding="utf-8") as file:
         file.write(json.dumps(meta, indent=1) + "\n")
         file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial / "meta.tmp", partial / "meta.json")
+        os.fsync(file.fileno())                             # on the disk, not only in its cache
+    os.replace(partial / "meta.tmp", partial / "meta.json")     # at once: nobody reads half of it
 
 
 def append(folder, split, ids, shards):
@@ -793,13 +792,13 @@ def append(folder, split, ids, shards):
         if not name or shard["tokens"] == SHARD_TOKENS:
             name = f"{split}_{len(shards):05d}.bin".replace("val_00000", "val")
             shard = shards[name] = {"tokens": 0, "crc32": 0}
-        data = ids[:SHARD_TOKENS - shard["tokens"]]
+        data = ids[:SHARD_TOKENS - shard["tokens"]]         # what still fits
         with open(folder / name, "r+b" if shard["tokens"] else "wb") as file:
             file.seek(shard["tokens"] * ids.itemsize)
             file.write(data)
-            file.truncate()
+            file.truncate()                                 # the rest of what a killed run wrote
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())                         # on the disk, not only in its cache
         shard["crc32"] = zlib.crc32(data, shard["crc32"])
         shard["tokens"] += len(data)
         ids = ids[len(data):]
@@ -906,13 +905,13 @@ class Tokens:
         windows = self._cut(L)
         rows = []
         for position in range(at, at + B):
-            epoch, i = divmod(position, len(windows))
+            epoch, i = divmod(position, len(windows))  # window i of the epoch's order
             rows.append(windows[self.order(epoch, len(windows))[i]])
         return torch.from_numpy(np.stack(rows).astype(np.int64))            # (B, L + 1)
 
     def windows(self, n, L):
         windows = self._cut(L)
-        chosen = np.linspace(0, len(windows) - 1, min(n, len(windows))).astype(int)
+        chosen = np.linspace(0, len(windows) - 1, min(n, len(windows))).astype(int)     # (n,)
         rows = [windows[i] for i in chosen]
         return torch.from_numpy(np.stack(rows).astype(np.int64))            # (n, L + 1)
 
@@ -934,9 +933,8 @@ class Stream:
         self.documents = Documents(source, config)
         self.tokenizer = tokenizer
         self.held_out = held_out
-        self.next = 0                       # the position of the first window in self.rest,
-        self.L = None                       # and its length
-        self.rest = None
+        # An iterator over all windows of length L from position `next` on, made by batch().
+        self.rest, self.next, self.L = None, 0, None
         self.fingerprint = [str(source), config, self.documents.files, tokenizer.fingerprint,
                             held_out]
 
@@ -945,7 +943,7 @@ class Stream:
         ids = np.empty(0, np.int64)         # tokens of no window yet
         read = 0
         for pieces, _ in encoded(self.documents.batches(), self.tokenizer):
-            ids = np.concatenate([ids, *pieces])
+            ids = np.concatenate([ids, *pieces])                            # (tokens,)
             start = max(0, skip - read)     # what is still to skip of these
             read += sum(map(len, pieces))
             ids = ids[start:]
@@ -961,8 +959,7 @@ class Stream:
             # The last validation window has one token more, as what comes next.
             skip = self.held_out + 1 if self.held_out else 0
             epochs = (self._once(L, skip) for _ in itertools.count())
-            self.rest = itertools.chain.from_iterable(epochs)
-            self.next, self.L = 0, L
+            self.rest, self.next, self.L = itertools.chain.from_iterable(epochs), 0, L
         rows = list(itertools.islice(self.rest, at - self.next, at - self.next + B))
         self.next = at + B
         return torch.from_numpy(np.stack(rows))                             # (B, L + 1)
@@ -1023,8 +1020,8 @@ def same_source(meta, source, config):
     """Is `source` what `meta` was made from? A path has many spellings."""
     was, now = (name if name == "stdlib" else os.path.realpath(os.path.expanduser(name))
                 for name in (meta["source"], str(source)))
-    # Only a hub data set has parts.
-    return was == now and (meta["files"] is not None or meta["config"] == config)
+    same_part = meta["files"] is not None or meta["config"] == config   # files have no parts
+    return was == now and same_part
 
 
 def with_config(source, config):
@@ -1033,8 +1030,9 @@ def with_config(source, config):
 
 def data_folder(source, tokenizer):
     """Where prepared data is: `source` if it is such a folder, else data/<source>-<tokenizer>."""
-    if read_meta(Path(source).expanduser()):
-        return Path(source).expanduser()
+    folder = Path(source).expanduser()
+    if read_meta(folder):
+        return folder
     slug = "".join(c if c.isalnum() or c in "._-" else "-" for c in last_name(source))
     return Path("data") / f"{slug}-{last_name(tokenizer.name).removesuffix('.gguf')}"
 
@@ -1043,7 +1041,7 @@ def read_meta(folder):
     """-> meta.json of a folder that prepare() wrote; {} of another folder, whatever it has"""
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError):               # no such file, or no JSON
         return {}
     return meta if isinstance(meta, dict) and {"dtype", "train"} <= meta.keys() else {}
 
@@ -1062,15 +1060,15 @@ def last_name(name):
 # The command line, here and in distill.py, eval.py and extras/
 
 def count(text, least=0):
-    """A whole number as people write it.
+    """An integer as people write it.
 
     >>> count("3e9"), count("2**15"), count("4096")
     (3000000000, 32768, 4096)
     """
-    base, _, power = str(text).partition("**")
+    base, _, power = str(text).partition("**")          # "2**15"
     try:
-        value = float(base) ** int(power or 1)
-    except ArithmeticError:
+        value = float(base) ** int(power or 1)          # base may be 3e9
+    except ArithmeticError:                             # too large for a float
         value = math.inf
     if not least <= value < 2**63 or value != int(value):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} on")
@@ -1104,17 +1102,18 @@ def source_of_text(text):
     path = Path(text).expanduser()
     if text == "stdlib" or not os.path.exists(path):
         return text
+    # abspath() would take a `..` after a link for the folder that has the link.
     path = path.resolve() if ".." in path.parts else Path(os.path.abspath(path))
     if path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
-    return "./stdlib" if str(path) == "stdlib" else str(path)
+    return "./stdlib" if str(path) == "stdlib" else str(path)  # a folder of that name
 
 
 class Parser(argparse.ArgumentParser):
-    """-h shows the header of the file, as typed; a wrong flag is one line, as every mistake is."""
+    """-h shows the header of the file with its line breaks; a wrong flag is a UsageError."""
 
     def __init__(self, header):
-        super().__init__(description=header, allow_abbrev=False,
+        super().__init__(description=header, allow_abbrev=False,    # a typo is no other flag
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
