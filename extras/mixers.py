@@ -169,26 +169,51 @@ class Solution(torch.autograd.Function):
 class Mixer(Mamba2):
     """Mamba-2's projections, convolution, skip and gate around another operator.
 
-    operands = what the operator takes: q, k, v and gates, in the operator's order
+    A mixer sets key (the name of the second part of in_proj) and gate_rows (how many rows its
+    gates have), and turns q, k, v and the gates' rows into what its operator takes: operands().
     """
-    operator, operator_step = staticmethod(ssd), staticmethod(ssd_step)
+    key = "k"
+    operator = staticmethod(ssd)
+    operator_step = staticmethod(ssd_step)
+
+    def __init__(self, config):
+        nn.Module.__init__(self)        # not Mamba2's: these are its lines, with other gates
+        self.config = config
+        qk = config.n_qk_head * config.d_state
+        self.parts = {"v": config.d_inner, self.key: qk, "q": qk, "z": config.d_inner,
+                      "a": self.gate_rows(config)}
+        channels = config.d_inner + 2 * qk
+        self.in_proj = nn.Linear(config.d_model, sum(self.parts.values()), bias=False)
+        self.z_bias = nn.Parameter(torch.zeros(config.d_inner))
+        self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels)
+        self.D = nn.Parameter(torch.ones(config.n_head))
+        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
+
+    @staticmethod
+    def gate_rows(config):
+        return config.n_head                        # one gate per head
 
     def project(self, h, conv_state=None):
-        """h (B, L, D) -> q, k, v and the gates as they come out of in_proj, z, the conv's input"""
+        """h (B, L, D) -> the operands, the gate z and the convolution's input, as Mamba2.project"""
         c = self.config
-        vkq, z, gates = self.in_proj(h).split(
+        vkq, z, gates = self.in_proj(h).split(                                  # (B, L, C), ...
             [self.conv1d.in_channels, self.parts["z"], self.parts["a"]], -1)
         mixed = causal_conv(vkq, self.conv1d.weight, self.conv1d.bias, conv_state)
-        v, k, q = mixed.split([self.parts["v"], self.parts["k"], self.parts["q"]], -1)
-        q, k = (x.unflatten(-1, (c.n_qk_head, c.d_state)) for x in (q, k))      # (B, L, G, N)
+        v, k, q = mixed.split([self.parts["v"], self.parts[self.key], self.parts["q"]], -1)
+        q = q.unflatten(-1, (c.n_qk_head, c.d_state))                           # (B, L, G, N)
+        k = k.unflatten(-1, (c.n_qk_head, c.d_state))                           # (B, L, G, N)
         v = v.unflatten(-1, (c.n_head, c.head_dim))                             # (B, L, H, P)
         return *self.operands(q, k, v, gates), z, vkq
 
     def operands(self, q, k, v, gates):
+        """-> q, k, v and any number of gates (B, L, H, ...), in the order the operator takes them
+
+        gates (B, L, gate_rows): linear in h, with no activation yet
+        """
         raise NotImplementedError
 
     def forward(self, h, state=None, mask=None):
-        """h (B, L, D) -> (B, L, D), next state: as Mamba2.forward, with any number of operands"""
+        """h (B, L, D) -> (B, L, D), next state: as Mamba2.forward, with any number of gates"""
         conv_state, *S = state if state is not None else (None,)
         q, k, v, *gates, z, vkq = self.project(h, conv_state)
         if mask is not None:                        # padding writes nothing and forgets nothing
@@ -200,7 +225,7 @@ class Mixer(Mamba2):
         return self.out_proj(y), next_state
 
     def mix(self, operands, S=None):
-        """What the operator takes, after the state S -> y (B, L, H, P), the next state, if any"""
+        """The operator on its operands, from the state S -> y (B, L, H, P), next state or None"""
         if S is None:
             return self.operator(*operands), None
         if operands[0].shape[1] == 1:
@@ -209,8 +234,10 @@ class Mixer(Mamba2):
         return self.operator(*operands, initial_state=S, return_final_state=True)
 
     def matrix(self, h):
-        """What the operator makes of the identity: for mixers whose matrix is more than q k^T and a
-        decay. In stage 1 some maps (B, H, L, L) of a layer exist at once."""
+        """h (B, L, D) -> (B, H, L, L), column by column: y for v = the identity is M
+
+        For operators whose M has no closed form. Stage 1 then keeps several (L, L) maps per head.
+        """
         q, k, v, *gates, _, _ = self.project(h)
         L, H = v.shape[1:3]
         identity = torch.eye(L, dtype=v.dtype, device=v.device)[:, None].expand(len(v), L, H, L)
@@ -218,6 +245,7 @@ class Mixer(Mamba2):
         return M + torch.diag_embed(self.D[:, None].expand(H, L))
 
     def orientation(self, h, q_t, k_t, scale, window=None):
+        """Stage 1's loss, as Mamba2.orientation, but with the matrices in memory"""
         return distance_in_full(q_t, k_t, scale, self.matrix(h), window)
 
 
@@ -232,14 +260,16 @@ class RetNet(Mixer):
         h = torch.arange(v.shape[2], device=v.device, dtype=at_least_fp32(v.dtype))
         return q, k, v, torch.log1p(-(2 ** (-5 - h))).expand(v.shape[:3])           # (B, L, H)
 
-    matrix, orientation = Mamba2.matrix, Mamba2.orientation             # q k^T and a decay
+    # M is q k^T with a decay, as Mamba-2's, so stage 1 needs no (L, L) map.
+    matrix = Mamba2.matrix
+    orientation = Mamba2.orientation
 
 
 class Linear(Mixer):
     """Normalised linear attention [5], phi = elu + 1:  y_t = phi(q_t) S_t / (phi(q_t) n_t)
 
-    n, the sum of phi(k), is the last column of S, for v has a column of ones. On a GPU this one
-    column more than the Triton kernel takes means the chunked form.
+    n, the sum of phi(k), is the last column of S, because v gets a column of ones. With it, v has
+    a width the Triton kernel lacks, so that a GPU runs the chunked form.
     """
 
     @staticmethod
@@ -264,9 +294,10 @@ class MLSTM(Linear):
 
     S_t = sigmoid(f_t) S_(t-1) + e^(i_t) k_t v_t^T     y_t = q_t S_t / max(|q_t n_t|, 1)
 
-    What is kept is e^(-m_t) S_t, where m_t = max(log sigmoid(f_t) + m_(t-1), i_t, 0): no exponent
-    is above 0, and nothing overflows. y is the same for any m, so m needs no gradient. q n is a sum
-    of both signs: its rounding errors in bf16 would be as large as itself, so this is all in fp32.
+    The state is stored as e^(-m_t) S_t, where m_t = max(log sigmoid(f_t) + m_(t-1), i_t, 0): no
+    exponent is above 0, so nothing overflows. y is the same for any m, so m needs no gradient.
+    Everything is in fp32, because q n is a sum with both signs: in bf16 its rounding errors would
+    be as large as the sum.
     """
 
     @staticmethod
@@ -280,15 +311,16 @@ class MLSTM(Linear):
 
     def mix(self, operands, S=None, m=None):
         q, k, v, f, i = operands
-        f = f.clamp_min(-1e6)           # forgets all beside any i, and its running sum is finite
-        with torch.no_grad():                       # m_t - f_1 .. - f_t is a running maximum
-            kept = F.pad(f.double().cumsum(1), (0, 0, 1, 0))                    # (B, 1 + L, H)
-            before = torch.zeros_like(kept[:, :1]) if m is None else m[:, None]
-            m = kept + torch.cat([before, i.clamp_min(0) - kept[:, 1:]], 1).cummax(1).values
-            fall = torch.minimum(m[:, :-1] - m[:, 1:], -f)      # no rounding brings a above 0
+        f = f.clamp_min(-1e6)           # forgets everything, and its running sum is still finite
+        with torch.no_grad():           # F_t = f_1 + ... + f_t, and m_t - F_t is a running maximum
+            sums = F.pad(f.double().cumsum(1), (0, 0, 1, 0))                    # (B, 1 + L, H)
+            before = torch.zeros_like(sums[:, :1]) if m is None else m[:, None]
+            m = sums + torch.cat([before, i.clamp_min(0) - sums[:, 1:]], 1).cummax(1).values
+            fall = torch.minimum(m[:, :-1] - m[:, 1:], -f)      # rounding must not bring a above 0
             m = m[:, 1:].to(f.dtype)
-        q, k, values = (x.to(f.dtype) for x in (q, k, F.pad(v, (0, 1), value=1.0)))
-        k = k * (i - m).exp()[..., None]
+        values = F.pad(v, (0, 1), value=1.0).to(f.dtype)                        # (B, L, H, P + 1)
+        q = q.to(f.dtype)
+        k = k.to(f.dtype) * (i - m).exp()[..., None]
         y, S = Mixer.mix(self, (q, k, values, f + fall.to(f.dtype)), S)
         y = y[..., :-1] / torch.maximum(y[..., -1:].abs(), (-m).exp()[..., None])
         return y.to(v.dtype), S, m[:, -1]
@@ -299,16 +331,14 @@ class MLSTM(Linear):
 
 
 class MetaLA(Mixer):
-    """MetaLA [7]: each channel of k forgets at a rate of its own, and writes what it forgets.
+    """MetaLA [7]: each channel forgets at a rate of its own, and writes as much as it forgets.
 
-    S_t = diag(e^(a_t)) S_(t-1) + (1 - e^(a_t)) v_t^T, where a, the log of a sigmoid over 16, has
-    k's place in in_proj.
+    S_t = diag(e^(a_t)) S_(t-1) + (1 - e^(a_t)) v_t^T, where a = logsigmoid(gate) / 16. It has no
+    key: the gate is in k's place in in_proj, and --init qkv finds no part "k" to copy into.
     """
-    operator, operator_step = staticmethod(channel_chunked), staticmethod(channel_step)
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.copied_parts = ("v", "q")              # it has no key: its gate is in k's place
+    key = "gate"
+    operator = staticmethod(channel_chunked)
+    operator_step = staticmethod(channel_step)
 
     @staticmethod
     def gate_rows(config):
@@ -316,19 +346,21 @@ class MetaLA(Mixer):
 
     def operands(self, q, gate, v, _):
         a = F.logsigmoid(gate.to(at_least_fp32(gate.dtype))) / 16
-        q, a = (per_head(x, v.shape[2]) for x in (q, a))                            # (B, L, H, N)
+        q = per_head(q, v.shape[2])                                             # (B, L, H, N)
+        a = per_head(a, v.shape[2])                                             # (B, L, H, N)
         return q, -torch.expm1(a), v, a
 
 
 class GLA(MetaLA):
-    """Gated linear attention [8]: the same with a k of its own, and the gate of low rank."""
+    """Gated linear attention [8]: MetaLA's decay with a key beside it, and a gate of rank 16."""
+    key = "k"
+
     @staticmethod
     def gate_rows(config):
         return 16
 
     def __init__(self, config):
         super().__init__(config)
-        self.copied_parts = ("v", "k", "q")
         self.in_proj_gate = nn.Linear(16, config.n_qk_head * config.d_state)
 
     def reset_parameters(self):
