@@ -118,21 +118,21 @@ class GatedMLP(nn.Module):
 # -----------------------------------------------------------------------------
 # The mixers. Each has forward(h, state, mask) -> (output, next state), h and output (B, L, D).
 #
-# Training passes h alone: every sequence starts from nothing, and no state is returned. Generation
-# passes the state that the text so far has left, and gets the state after h.
-# mask (B, L) is False at padding, which is to the right of each row's text and must leave no trace
-# in the state. None: no row has padding.
+# state: what the mixer remembers of the text before h. None, as in training: there is none before,
+# and no next state is returned.
+# mask (B, L): False at padding, which is to the right of each row's text and must leave no trace in
+# the state. None: no row has padding.
 
 class Mamba2(nn.Module):
     """Discrete Mamba-2: it moves information along the sequence, in attention's place.
 
-    Attention computes y = M v with M = softmax(q k^T / sqrt(N)), and must keep every k and v. Here
+    Attention computes y = M v with the mixing matrix M = softmax(q k^T / sqrt(N)). To extend it by
+    a token, all earlier k and v are needed. Mamba-2 also computes y = M v, with
 
         M[i,j] = (q_i . k_j) e^(a_(j+1) + ... + a_i)    for j <= i, else 0          [1] eq. 6
 
-    is the same map with a decay in the softmax's place: a <= 0, so position i sees j less, the more
-    was forgotten between them. The decay makes y = M v a recurrence, too. Its state S holds N x P
-    numbers per head, however long the text is:
+    Decays replace the softmax: a_t <= 0, and e^(a_t) is the share that survives step t. So y is a
+    recurrence, too, and a state S of N x P numbers per head is all it needs of the past:
 
         S_t = e^(a_t) S_(t-1) + k_t v_t^T       y_t = q_t S_t
     """
@@ -141,51 +141,52 @@ class Mamba2(nn.Module):
         super().__init__()
         self.config = config
         qk = config.n_qk_head * config.d_state                          # G N
-        # in_proj makes five parts of h at once. Mamba-2 calls them x, B, C, z and dt.
+        # One linear map makes all five parts from h. Mamba-2 calls them x, B, C, z and dt.
         self.parts = {"v": config.d_inner, "k": qk, "q": qk, "z": config.d_inner,
-                      "a": config.n_head}                               # one decay per head
-        channels = config.d_inner + 2 * qk                              # C: v, k and q
+                      "a": config.n_head}                               # a: one decay per head
+        channels = config.d_inner + 2 * qk              # v, k and q: C in the shapes below
         self.in_proj = nn.Linear(config.d_model, sum(self.parts.values()), bias=False)
         self.z_bias = nn.Parameter(torch.zeros(config.d_inner))
         self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels)
-        self.D = nn.Parameter(torch.ones(config.n_head))                # weight of the skip D v
+        self.D = nn.Parameter(torch.ones(config.n_head))                # y = M v + D v
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
 
     @torch.no_grad()
     def reset_parameters(self):
-        """MOHAWK's start: convolution, gate and skip pass v on unchanged, so that y = M v + v.
+        """MOHAWK's start: convolution and gate change nothing, and D = 1.
 
-        Stage 1 sees neither gate nor out_proj; it can train M with nothing in the way.
+        Stage 1 trains M + diag D and sees no gate. With the gate at 1, its result is what the mixer
+        computes, up to out_proj.
         """
         self.in_proj.reset_parameters()
         self.split_in_proj(self.in_proj.weight)["z"].zero_()
-        self.z_bias.fill_(SILU_IS_ONE)                                  # the gate is exactly 1
-        self.conv1d.weight.zero_()[..., -1] = 1                         # y_t = x_t
+        self.z_bias.fill_(SILU_IS_ONE)                                  # gate: silu(0 + z_bias) = 1
+        self.conv1d.weight.zero_()[..., -1] = 1                         # output t = input t
         self.conv1d.bias.zero_()
         self.D.fill_(1)
         self.out_proj.reset_parameters()
-        # n_layer outputs add up in the residual stream: GPT-2's scaling keeps its size
+        # As in GPT-2: n_layer mixers add to the hidden state, whose size must not grow with them.
         self.out_proj.weight /= math.sqrt(self.config.n_layer)
 
-    def split_in_proj(self, x, dim=0):
-        """in_proj's weight, or its output with dim=-1 -> {"v": rows, "k": ...}, as views"""
-        return dict(zip(self.parts, x.split(list(self.parts.values()), dim), strict=True))
+    def split_in_proj(self, rows):
+        """in_proj's weight, or any tensor with as many rows -> {part: its rows}, as views"""
+        return dict(zip(self.parts, rows.split(list(self.parts.values())), strict=True))
 
     def project(self, h, conv_state=None):
-        """h (B, L, D) -> what ssd takes (q, k, v, a), the gate z, and the convolution's input vkq
+        """h (B, L, D) -> q, k, v, a for ssd, the gate's z, and vkq, the input of the convolution
 
         conv_state (B, K - 1, C): the convolution's last inputs before h, zeros if None
         """
         c = self.config
-        vkq, z, A_log = self.in_proj(h).split(                          # (B, L, C), ...
+        vkq, z, A_log = self.in_proj(h).split(                          # (B, L, C or H P or H)
             [self.conv1d.in_channels, self.parts["z"], self.parts["a"]], -1)
-        # Each position's q, k and v also see the three positions before it.
+        # Each channel becomes a weighted sum of its last K inputs: q, k, v know their neighbours.
         mixed = causal_conv(vkq, self.conv1d.weight, self.conv1d.bias, conv_state)
         v, k, q = mixed.split([self.parts["v"], self.parts["k"], self.parts["q"]], -1)
         v = v.unflatten(-1, (c.n_head, c.head_dim))                     # (B, L, H, P)
         k = k.unflatten(-1, (c.n_qk_head, c.d_state))                   # (B, L, G, N)
         q = q.unflatten(-1, (c.n_qk_head, c.d_state))                   # (B, L, G, N)
-        # e^a is a number from 0 to 1. In fp32, because decays add up over the whole sequence.
+        # softplus > 0, so a < 0 for any A_log. In fp32: errors of a add up over the sequence.
         a = -F.softplus(A_log.to(at_least_fp32(A_log.dtype)))           # (B, L, H)
         return q, k, v, a, z, vkq
 
@@ -194,45 +195,46 @@ class Mamba2(nn.Module):
 
         state: the last K - 1 inputs of the convolution (B, K - 1, C), and S (B, H, N, P)
         """
-        conv_state, S = state if state is not None else (None, None)
+        conv_state, S = state or (None, None)
         q, k, v, a, z, vkq = self.project(h, conv_state)
         if mask is not None:
             k = k * mask[..., None, None]               # padding writes nothing: k v^T = 0
             a = a * mask[..., None]                     # and forgets nothing: e^0 = 1
+        # y = M v. M is never made in full: ssd takes O(L) time and memory.
         if state is None:                               # training
             y = ssd(q, k, v, a)                                         # (B, L, H, P)
-        elif h.shape[1] == 1:                           # one new token: one step
+        elif h.shape[1] == 1:                           # a new token: one step of the recurrence
             y, S = ssd_step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], S)      # (B, H, P)
             y = y[:, None]                                              # (B, 1, H, P)
-        else:                                           # a prompt: in parallel over L
+        else:                                           # a prompt, or the next part of one
             y, S = ssd(q, k, v, a, initial_state=S, return_final_state=True)
-        y = y + self.D.to(v.dtype)[:, None] * v                         # skip:  (B, L, H, P)
-        y = y.flatten(-2) * F.silu(z + self.z_bias.to(z.dtype))         # gate:  (B, L, H P)
+        y = y + self.D.to(v.dtype)[:, None] * v                         # skip   (B, L, H, P)
+        y = y.flatten(-2) * F.silu(z + self.z_bias.to(z.dtype))         # gate   (B, L, H P)
         next_state = None if state is None else (last_inputs(conv_state, vkq, mask), S)
         return self.out_proj(y), next_state                             # (B, L, D)
 
     def matrix(self, h):
-        """h (B, L, D) -> M + diag D (B, H, L, L): the linear map from v to y, before the gate
+        """h (B, L, D) -> M + diag D (B, H, L, L), the mixing matrix with its skip
 
-        Stage 1 compares it with the teacher's attention matrix. Of the mixer's output, only the
-        gate and out_proj are not in it.
+        Stage 1 compares it with the teacher's attention matrix, head by head. It has the skip in it
+        because attention has none: the diagonal of its matrix must be matched by M and D together.
         """
         q, k, _, a, _, _ = self.project(h)
         return mixing_matrix(q, k, a) + torch.diag_embed(self.D[:, None].expand(-1, h.shape[1]))
 
     def orientation(self, h, q_t, k_t, scale, window=None):
-        """Stage 1's loss, computed in tiles: no (L, L) matrix is ever in memory.
+        """Stage 1's loss: h (B, L, D) and the teacher's q_t, k_t, scale, window -> two means
 
-        -> || softmax(q_t k_t^T scale) - matrix(h) ||_F and || softmax(q_t k_t^T scale) ||_F, each
-        the mean over batch and heads. q_t, k_t: the teacher's, see Teacher.factors.
+        The distance |P - matrix(h)|_F and the size |P|_F of P = softmax(q_t k_t^T scale), each
+        over batch and heads. Both are summed in tiles, so that no (L, L) matrix is in memory.
         """
         q, k, _, a, _, _ = self.project(h)
         return orientation_loss(q_t, k_t, scale, q, k, a, self.D, window, return_size=True)
 
     def initial_state(self, B):
-        """The state before any text: zeros. Its size does not depend on the text's length."""
+        """The state before any text, for B rows. Its size is the same after any length of text."""
         c = self.config
-        weight = self.in_proj.weight                                    # for its device and dtype
+        weight = self.in_proj.weight                                    # gives device and dtype
         conv_state = weight.new_zeros(B, c.d_conv - 1, self.conv1d.in_channels)
         S = weight.new_zeros(B, c.n_head, c.d_state, c.head_dim, dtype=at_least_fp32(weight.dtype))
         return conv_state, S
@@ -246,7 +248,7 @@ def causal_conv(x, weight, bias, before=None):
     """
     K = weight.shape[-1]
     x = F.pad(x, (0, 0, K - 1, 0)) if before is None else torch.cat([before, x], dim=1)
-    if x.shape[1] == K:             # one output: a plain sum is faster than setting up conv1d
+    if x.shape[1] == K:             # one output: a sum is faster than the set-up of F.conv1d
         return (x * weight[:, 0].mT.to(x.dtype)).sum(1, keepdim=True) + bias.to(x.dtype)
     y = F.conv1d(x.transpose(1, 2), weight.to(x.dtype), bias.to(x.dtype), groups=x.shape[-1])
     return y.transpose(1, 2)
