@@ -10,17 +10,20 @@ on each position:
         |               +-- MLP ----+
         +---------------------------+-->
 
-The mixer is MOHAWK's discrete Mamba-2 ([2] section 3): no time step, no learned A. The mixer's
-input h (B, L, D) decides at each position how much each head forgets.
+The mixer is MOHAWK's discrete Mamba-2 ([2] section 3). Mamba-2 [1] makes a head's decay from a time
+step and a learned rate; here in_proj gives it from the mixer's input h (B, L, D), as it gives q, k
+and v.
 
     h -- in_proj --+-- v k q -- causal conv, 4 wide -- ssd(q, k, v, a) + D v --(x)-- out_proj -->
                    +-- a = -softplus(A_log) ------------^                       |
                    +-- z -------------------------- silu(z + z_bias) -----------+
 
-Parameters and config.json have the names of the published goombalab/Phi-Mamba, so its weights load
-unchanged. The meaning of q, k, v, a and of the sizes B, L, D, H, G, N, P is in ssd_kernel.py's
-header. This file leaves out dropout and any initialisation for training from scratch at scale.
-Other mixers subclass Mamba2 in extras/mixers.py.
+ssd_kernel.py's header explains q, k, v, a and the sizes B, L, D, H, G, N, P. Two sizes are used only
+here: K, the width of the convolution, and C, its channels. Parameters and config.json have the
+names of the published goombalab/Phi-Mamba, so that its weights load unchanged.
+
+It leaves out dropout, and any initialisation for training from scratch at scale. Other mixers
+subclass Mamba2 in extras/mixers.py.
 
 [1] Mamba-2, arXiv 2405.21060    [2] MOHAWK, arXiv 2408.10189
 """
@@ -131,8 +134,8 @@ class Mamba2(nn.Module):
 
         M[i,j] = (q_i . k_j) e^(a_(j+1) + ... + a_i)    for j <= i, else 0          [1] eq. 6
 
-    Decays replace the softmax: a_t <= 0, and e^(a_t) is the share that survives step t. So y is a
-    recurrence, too, and a state S of N x P numbers per head is all it needs of the past:
+    Decays replace the softmax: a_t <= 0, so e^(a_t) is the share that survives step t. The same y
+    comes out of a recurrence, in which N x P numbers per head, the state S, hold all of the past:
 
         S_t = e^(a_t) S_(t-1) + k_t v_t^T       y_t = q_t S_t
     """
@@ -141,22 +144,22 @@ class Mamba2(nn.Module):
         super().__init__()
         self.config = config
         qk = config.n_qk_head * config.d_state                          # G N
-        # One linear map makes all five parts from h. Mamba-2 calls them x, B, C, z and dt.
+        # How many rows of in_proj make each part. Mamba-2 calls them x, B, C, z and dt.
         self.parts = {"v": config.d_inner, "k": qk, "q": qk, "z": config.d_inner,
-                      "a": config.n_head}                               # a: one decay per head
-        channels = config.d_inner + 2 * qk              # v, k and q: C in the shapes below
+                      "a": config.n_head}                               # one decay per head
+        channels = config.d_inner + 2 * qk                              # C: v, k and q
         self.in_proj = nn.Linear(config.d_model, sum(self.parts.values()), bias=False)
         self.z_bias = nn.Parameter(torch.zeros(config.d_inner))
         self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels)
-        self.D = nn.Parameter(torch.ones(config.n_head))                # y = M v + D v
+        self.D = nn.Parameter(torch.ones(config.n_head))    # the skip's weights: y = M v + D v
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
 
     @torch.no_grad()
     def reset_parameters(self):
         """MOHAWK's start: convolution and gate change nothing, and D = 1.
 
-        Stage 1 trains M + diag D and sees no gate. With the gate at 1, its result is what the mixer
-        computes, up to out_proj.
+        Stage 1 compares only M + diag D, so it cannot train the gate; at 1 the gate leaves its
+        result unchanged.
         """
         self.in_proj.reset_parameters()
         self.split_in_proj(self.in_proj.weight)["z"].zero_()
@@ -223,10 +226,10 @@ class Mamba2(nn.Module):
         return mixing_matrix(q, k, a) + torch.diag_embed(self.D[:, None].expand(-1, h.shape[1]))
 
     def orientation(self, h, q_t, k_t, scale, window=None):
-        """Stage 1's loss: h (B, L, D) and the teacher's q_t, k_t, scale, window -> two means
+        """Stage 1's loss: h (B, L, D), and what Teacher.factors gives -> distance, size
 
-        The distance |P - matrix(h)|_F and the size |P|_F of P = softmax(q_t k_t^T scale), each
-        over batch and heads. Both are summed in tiles, so that no (L, L) matrix is in memory.
+        The means over batch and heads of || P - matrix(h) ||_F and of || P ||_F, where P is the
+        teacher's softmax(q_t k_t^T scale). Computed in tiles: no (L, L) matrix is in memory.
         """
         q, k, _, a, _, _ = self.project(h)
         return orientation_loss(q_t, k_t, scale, q, k, a, self.D, window, return_size=True)
@@ -241,7 +244,7 @@ class Mamba2(nn.Module):
 
 
 def causal_conv(x, weight, bias, before=None):
-    """y_t = bias + sum_i weight[:, 0, i] x_(t - K + 1 + i), each channel by itself.
+    """y_t = bias + sum_(i<K) weight[:, 0, i] x_(t - K + 1 + i), each channel by itself.
 
     x (B, L, C)   weight (C, 1, K)   bias (C)   -> (B, L, C)
     before (B, K - 1, C): the inputs before x, zeros if None
@@ -448,7 +451,7 @@ class Generation:
 
 
 def prompt_lengths(prompts):
-    """The number of tokens of each prompt. UsageError if one has none: nothing follows nothing."""
+    """The number of tokens of each prompt. UsageError for an empty one: it predicts no token."""
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) == 0:
         raise UsageError("an empty prompt: give at least one token")
@@ -476,7 +479,7 @@ class SSM(nn.Module, Generation):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.block == "phi")
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
-        for module in self.modules():
+        for module in self.modules():   # GPT-2's start; from_teacher overwrites all but the mixers
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -592,11 +595,11 @@ class SSM(nn.Module, Generation):
         return self.head(last), state
 
     def stepper(self, state, capture=None):
-        """-> a function: token (B) -> logits (B, V), which keeps the state
+        """-> a function: token (B) -> logits (B, V). It updates the state between calls.
 
-        The returned logits are overwritten by the next call. capture: makes one launch of a step,
-        as capture_graph does (the default on a GPU). A hybrid's state grows, so that each step has
-        other shapes: it is not captured.
+        The returned logits are overwritten by the next call. capture makes one launch of a step; on
+        a GPU the default is capture_graph. A hybrid has none, because its state grows: the shapes
+        change with each step.
         """
         if capture is None and state[0][0].is_cuda and not self.config.attn_layers:
             capture = capture_graph
@@ -606,7 +609,7 @@ class SSM(nn.Module, Generation):
                 logits, state = self.step(token, state)
                 return logits
             return step
-        # A graph reads and writes always the same tensors: the token and the state have fixed ones.
+        # A graph reads and writes the same tensors at each launch: a fixed token and a fixed state.
         static_state = [[x.clone() for x in layer] for layer in state]
         token_in = torch.zeros(len(state[0][0]), dtype=torch.long, device=state[0][0].device)
 
@@ -820,11 +823,10 @@ def rename(name):
     >>> rename("model.norm.weight"), rename("lm_head.weight")
     ('backbone.final_layernorm.weight', 'lm_head.weight')
     """
-    for name_t, student_name in (
-            ("model.embed_tokens.", "backbone.embedding."),
-            ("model.norm.", "backbone.final_layernorm."), ("model.", "backbone."),
-            (".o_proj.", ".dense."), (".self_attn.", ".mixer.self_attn.")):
-        name = name.replace(name_t, student_name)
+    for part_t, part in (("model.embed_tokens.", "backbone.embedding."),
+                         ("model.norm.", "backbone.final_layernorm."), ("model.", "backbone."),
+                         (".o_proj.", ".dense."), (".self_attn.", ".mixer.self_attn.")):
+        name = name.replace(part_t, part)
     return name
 
 
@@ -965,26 +967,24 @@ IN_MODEL = ("vocab_size", "d_model", "n_layer", "attn_layers", "mixer")
 IN_CORE = ("d_state", "n_head", "n_qk_head", "d_conv", "head_dim")
 
 
-def core_type(mixer):
-    return MAMBA2 if mixer == "mamba2" else f"modules.mixers.{mixer}"
-
-
 def write_config(config):
     """Config -> config.json as a dict"""
+    mixer_kind = MAMBA2 if config.mixer == "mamba2" else f"modules.mixers.{config.mixer}"
     core = {"d_state": config.d_state, "n_v_heads": config.n_head, "n_qk_heads": config.n_qk_head,
             "d_conv": config.d_conv, "conv_bias": True, "expand": config.d_inner / config.d_model,
             "chunk_size": 128, "activation": "identity", "bias": False}
     runs = []
     for i in range(config.n_layer):
-        kind = ATTENTION if i in config.attn_layers else core_type(config.mixer)
+        kind = ATTENTION if i in config.attn_layers else mixer_kind
         if runs and runs[-1]["CoreType"] == kind:
             runs[-1]["n_layers"] += 1
         else:
             runs.append({"n_layers": 1,
                          "BlockType": "modules.phi_block", "block_input": {"resid_dropout": 0.0},
                          "CoreType": kind, "core_input": {} if kind == ATTENTION else core})
-    has_place = IN_MODEL + (IN_CORE if len(config.attn_layers) < config.n_layer else ())
-    shapes = {name: value for name, value in asdict(config).items() if name not in has_place}
+    # A model of attention alone has no core, and so no field for a mixer's shapes.
+    published = IN_MODEL + (IN_CORE if len(config.attn_layers) < config.n_layer else ())
+    shapes = {name: value for name, value in asdict(config).items() if name not in published}
     language = {"vocab_size": config.vocab_size, "pad_vocab_size_multiple": 1}
     mixer = {"d_model": config.d_model, "n_layer": config.n_layer, "lm_head_prenorm": "layer"}
     return {"LanguageModel": {"input": language}, "MixerModel": {"input": mixer},

@@ -244,14 +244,14 @@ class Teacher(Generation):
 
     @torch.no_grad()
     def step(self, tokens, cache):
-        """tokens (B, L) after those in `cache`, which they join -> logits (B, V) of the next"""
+        """tokens (B, L) after those in `cache`, added to it -> logits (B, V) of the next token"""
         # The cache is passed by position, after no mask and no positions: its name is
         # past_key_values, and cache from transformers 5.40 on.
         return self.model(tokens, None, None, cache, use_cache=True,
                           logits_to_keep=1).logits[:, -1]
 
     def stepper(self, cache):
-        """-> a function: token (B) -> logits (B, V), which keeps the cache, as SSM.stepper"""
+        """-> a function: token (B) -> logits (B, V). It updates the cache, as SSM.stepper"""
         return lambda token: self.step(token[:, None], cache)
 
     @torch.no_grad()
