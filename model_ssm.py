@@ -18,9 +18,9 @@ and v.
                    +-- a = -softplus(A_log) ------------^                       |
                    +-- z -------------------------- silu(z + z_bias) -----------+
 
-ssd_kernel.py's header explains q, k, v, a and the sizes B, L, D, H, G, N, P. Two sizes are used only
-here: K, the width of the convolution, and C, its channels. Parameters and config.json have the
-names of the published goombalab/Phi-Mamba, so that its weights load unchanged.
+ssd_kernel.py's header explains q, k, v, a and the sizes B, L, D, H, G, N, P. Two more here: K, the
+width of the convolution, and C, its channels. Parameters and config.json have the names of the
+published goombalab/Phi-Mamba, so that its weights load unchanged.
 
 It leaves out dropout, and any initialisation for training from scratch at scale. Other mixers
 subclass Mamba2 in extras/mixers.py.
