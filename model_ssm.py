@@ -10,16 +10,20 @@ on each position:
         |               +-- MLP ----+
         +---------------------------+-->
 
-The mixer is MOHAWK's discrete Mamba-2 ([2] section 3): no time step, no learned A; each head's
-decay is a linear function of the mixer's input h (B, L, D).
+The mixer is MOHAWK's discrete Mamba-2 ([2] section 3). Mamba-2 [1] makes a head's decay from a time
+step and a learned rate; here in_proj gives it from the mixer's input h (B, L, D), as it gives q, k
+and v.
 
     h -- in_proj --+-- v k q -- causal conv, 4 wide -- ssd(q, k, v, a) + D v --(x)-- out_proj -->
                    +-- a = -softplus(A_log) ------------^                       |
                    +-- z -------------------------- silu(z + z_bias) -----------+
 
-Names of parameters and config.json are those of the published goombalab/Phi-Mamba, so its weights
-load as they are. It leaves out: dropout, and any initialisation for training at scale from nothing.
-Other mixers subclass Mamba2 in extras/mixers.py.
+ssd_kernel.py's header explains q, k, v, a and the sizes B, L, D, H, G, N, P. Two more here: K, the
+width of the convolution, and C, its channels. Parameters and config.json have the names of the
+published goombalab/Phi-Mamba, so that its weights load unchanged.
+
+It leaves out dropout, and any initialisation for training from scratch at scale. Other mixers
+subclass Mamba2 in extras/mixers.py.
 
 [1] Mamba-2, arXiv 2405.21060    [2] MOHAWK, arXiv 2408.10189
 """
@@ -41,48 +45,45 @@ from torch.utils.checkpoint import checkpoint
 
 from ssd_kernel import at_least_fp32, mixing_matrix, orientation_loss, ssd, ssd_step
 
-SILU_IS_ONE = 1.278464542761    # silu of this is 1: with this bias alone a gate is exactly open
-PREFILL = 2048                  # tokens of a prompt read at once, so memory is flat in its length
+SILU_IS_ONE = 1.278464542761    # silu of this is 1: the gate silu(z + z_bias) is open at z = 0
+PREFILL = 2048                  # tokens of a prompt read at once: memory is flat in its length
 NEVER = 2**30                   # the position of padding: no query comes as late, so none sees it
 
 
 def phi_frequencies(head_dim):
-    """Phi's rotary embedding: base 10,000 over the first half of a head's channels.
-
-    One frequency per pair of them.
-    """
+    """Phi's rotary embedding: base 10,000, over the first half of a head's channels, in pairs."""
     pairs = head_dim // 4
     return tuple(1e4 ** (-i / pairs) for i in range(pairs))
 
 
 @dataclass
 class Config:
-    """Shapes; defaults are Phi-Mamba's. What the teacher has too comes from it, see shapes_of."""
+    """Shapes. The defaults are Phi-Mamba's; from_teacher takes the teacher's, see shapes_of."""
     vocab_size: int = 51200
     d_model: int = 2048             # D
     n_layer: int = 24
-    block: str = "phi"              # "phi": one norm, mixer and MLP side by side
-                                    # "llama": two norms, one after the other
+    block: str = "phi"              # "phi": one norm, mixer and MLP in parallel
+                                    # "llama": a norm before each, one after the other
     d_mlp: int = 8192
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     n_head: int = 32                # H
     head_dim: int = 64              # P
-    # the SSM's own
+    # the state-space mixer
     mixer: str = "mamba2"           # or one of extras/mixers.py
-    n_qk_head: int = 32             # G; MOHAWK: q and k per head; plain Mamba-2: one shared pair
+    n_qk_head: int = 32             # G. MOHAWK: q and k per head. Plain Mamba-2: one shared pair
     d_state: int = 64               # N
     d_conv: int = 4                 # K
     # attention, in the layers that keep it
     attn_layers: tuple = ()
     n_kv_head: int = 32
     inv_freq: tuple = phi_frequencies(64)           # rotary embedding
-    rope_scale: float = 1.0         # its cos and sin times this: YaRN's attention factor
+    rope_scale: float = 1.0         # a factor on its cos and sin: YaRN's attention factor
     qkv_bias: bool = True
     out_bias: bool = True
-    qk_norm: bool = False
-    window: int | None = None       # how many keys attention sees, where that is limited
-    window_layers: tuple | None = None      # the layers where it is; None: in all
+    qk_norm: bool = False           # Qwen3: an RMSNorm on each head's q and k
+    window: int | None = None       # a sliding window: a query sees this many keys
+    window_layers: tuple | None = None      # the layers that have it; None: all
 
     @property
     def d_inner(self):
@@ -105,7 +106,7 @@ class MLP(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """Llama's: down(silu(gate h) * up h), without."""
+    """Llama's: down(silu(gate h) * up h), without biases."""
 
     def __init__(self, config):
         super().__init__()
@@ -118,131 +119,160 @@ class GatedMLP(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# The mixers: forward(h, state, mask) -> (output, next state)
+# The mixers. Each has forward(h, state, mask) -> (output, next state), h and output (B, L, D).
 #
-# state None: the sequence starts here, and no state is returned.
-# mask (B, L): False where a row is padding, which is to the right of its text here and leaves no
-# trace in the state. None: all is text.
+# state: what the mixer remembers of the text before h. None, as in training: there is none before,
+# and no next state is returned.
+# mask (B, L): False at padding, which is to the right of each row's text and must leave no trace in
+# the state. None: no row has padding.
 
 class Mamba2(nn.Module):
-    """Discrete Mamba-2: all that attention does here, with a state of N x P numbers per head."""
+    """Discrete Mamba-2: it moves information along the sequence, in attention's place.
+
+    Attention computes y = M v with the mixing matrix M = softmax(q k^T / sqrt(N)). To extend it by
+    a token, all earlier k and v are needed. Mamba-2 also computes y = M v, with
+
+        M[i,j] = (q_i . k_j) e^(a_(j+1) + ... + a_i)    for j <= i, else 0          [1] eq. 6
+
+    Decays replace the softmax: a_t <= 0, so e^(a_t) is the share that survives step t. The same y
+    comes out of a recurrence, in which N x P numbers per head, the state S, hold all of the past:
+
+        S_t = e^(a_t) S_(t-1) + k_t v_t^T       y_t = q_t S_t
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        qk = config.n_qk_head * config.d_state
-        # The rows of in_proj. Mamba-2's names for them are x, B, C, z, dt.
+        qk = config.n_qk_head * config.d_state                          # G N
+        # How many rows of in_proj make each part. Mamba-2 calls them x, B, C, z and dt.
         self.parts = {"v": config.d_inner, "k": qk, "q": qk, "z": config.d_inner,
-                      "a": self.gate_rows(config)}
-        self.copied_parts = ("v", "k", "q")         # from the teacher, by --init qkv
-        channels = config.d_inner + 2 * qk                              # v, k and q
+                      "a": config.n_head}                               # one decay per head
+        channels = config.d_inner + 2 * qk                              # C: v, k and q
         self.in_proj = nn.Linear(config.d_model, sum(self.parts.values()), bias=False)
         self.z_bias = nn.Parameter(torch.zeros(config.d_inner))
         self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels)
-        self.D = nn.Parameter(torch.ones(config.n_head))
+        self.D = nn.Parameter(torch.ones(config.n_head))    # the skip's weights: y = M v + D v
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
-
-    @staticmethod
-    def gate_rows(config):
-        return config.n_head                            # one decay for each head
 
     @torch.no_grad()
     def reset_parameters(self):
-        """MOHAWK's start: the conv passes input through, the gate is exactly 1 (z = 0), D = 1."""
+        """MOHAWK's start: convolution and gate change nothing, and D = 1.
+
+        Stage 1 compares only M + diag D, so it cannot train the gate; at 1 the gate leaves its
+        result unchanged.
+        """
         self.in_proj.reset_parameters()
         self.split_in_proj(self.in_proj.weight)["z"].zero_()
-        self.z_bias.fill_(SILU_IS_ONE)
-        self.conv1d.weight.zero_()[..., -1] = 1
+        self.z_bias.fill_(SILU_IS_ONE)                                  # gate: silu(0 + z_bias) = 1
+        self.conv1d.weight.zero_()[..., -1] = 1                         # output t = input t
         self.conv1d.bias.zero_()
         self.D.fill_(1)
         self.out_proj.reset_parameters()
+        # As in GPT-2: n_layer mixers add to the hidden state, whose size must not grow with them.
         self.out_proj.weight /= math.sqrt(self.config.n_layer)
 
-    def split_in_proj(self, x, dim=0):
-        """in_proj's weight, or its output with dim=-1 -> {"v", "k", "q", "z", "a"}, views"""
-        return dict(zip(self.parts, x.split(list(self.parts.values()), dim), strict=True))
+    def split_in_proj(self, rows):
+        """in_proj's weight, or any tensor with as many rows -> {part: its rows}, as views"""
+        return dict(zip(self.parts, rows.split(list(self.parts.values())), strict=True))
 
     def project(self, h, conv_state=None):
-        """h (B, L, D) -> what ssd takes, the gate, and the conv's input
+        """h (B, L, D) -> q, k, v, a for ssd, the gate's z, and vkq, the input of the convolution
 
-        q, k (B, L, G, N)   v (B, L, H, P)   a (B, L, H) <= 0   z (B, L, H P)   vkq (B, L, C)
-        conv_state (B, K - 1, C): the conv's inputs before h
+        conv_state (B, K - 1, C): the convolution's last inputs before h, zeros if None
         """
-        c, x = self.config, self.in_proj(h)                             # (B, L, rows)
-        vkq, z, A_log = x.split([self.conv1d.in_channels, self.parts["z"], self.parts["a"]], -1)
+        c = self.config
+        vkq, z, A_log = self.in_proj(h).split(                          # (B, L, C or H P or H)
+            [self.conv1d.in_channels, self.parts["z"], self.parts["a"]], -1)
+        # Each channel becomes a weighted sum of its last K inputs: q, k, v know their neighbours.
         mixed = causal_conv(vkq, self.conv1d.weight, self.conv1d.bias, conv_state)
         v, k, q = mixed.split([self.parts["v"], self.parts["k"], self.parts["q"]], -1)
         v = v.unflatten(-1, (c.n_head, c.head_dim))                     # (B, L, H, P)
         k = k.unflatten(-1, (c.n_qk_head, c.d_state))                   # (B, L, G, N)
         q = q.unflatten(-1, (c.n_qk_head, c.d_state))                   # (B, L, G, N)
+        # softplus > 0, so a < 0 for any A_log. In fp32: errors of a add up over the sequence.
         a = -F.softplus(A_log.to(at_least_fp32(A_log.dtype)))           # (B, L, H)
         return q, k, v, a, z, vkq
 
     def forward(self, h, state=None, mask=None):
         """h (B, L, D) -> (B, L, D), next state
 
-        state: the last K - 1 inputs of the conv, and S (B, H, N, P): of constant size
+        state: the last K - 1 inputs of the convolution (B, K - 1, C), and S (B, H, N, P)
         """
-        conv_state, S = state if state is not None else (None, None)
+        conv_state, S = state or (None, None)
         q, k, v, a, z, vkq = self.project(h, conv_state)
-        if mask is not None:                            # padding writes nothing, forgets nothing
-            k, a = k * mask[..., None, None], a * mask[..., None]
-        if state is None:
+        if mask is not None:
+            k = k * mask[..., None, None]               # padding writes nothing: k v^T = 0
+            a = a * mask[..., None]                     # and forgets nothing: e^0 = 1
+        # y = M v. M is never made in full: ssd takes O(L) time and memory.
+        if state is None:                               # training
             y = ssd(q, k, v, a)                                         # (B, L, H, P)
-        elif h.shape[1] == 1:
-            y, S = ssd_step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], S)      # one token
+        elif h.shape[1] == 1:                           # a new token: one step of the recurrence
+            y, S = ssd_step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], S)      # (B, H, P)
             y = y[:, None]                                              # (B, 1, H, P)
-        else:
+        else:                                           # a prompt, or the next part of one
             y, S = ssd(q, k, v, a, initial_state=S, return_final_state=True)
-        y = y + self.D.to(v.dtype)[:, None] * v                         # skip
-        y = y.flatten(-2) * F.silu(z + self.z_bias.to(z.dtype))         # gate: (B, L, H P)
+        y = y + self.D.to(v.dtype)[:, None] * v                         # skip   (B, L, H, P)
+        y = y.flatten(-2) * F.silu(z + self.z_bias.to(z.dtype))         # gate   (B, L, H P)
         next_state = None if state is None else (last_inputs(conv_state, vkq, mask), S)
         return self.out_proj(y), next_state                             # (B, L, D)
 
     def matrix(self, h):
-        """h (B, L, D) -> M + diag D (B, H, L, L): all that happens to v before the gate"""
+        """h (B, L, D) -> M + diag D (B, H, L, L), the mixing matrix with its skip
+
+        Stage 1 compares it with the teacher's attention matrix, head by head. It has the skip in it
+        because attention has none: the diagonal of its matrix must be matched by M and D together.
+        """
         q, k, _, a, _, _ = self.project(h)
         return mixing_matrix(q, k, a) + torch.diag_embed(self.D[:, None].expand(-1, h.shape[1]))
 
     def orientation(self, h, q_t, k_t, scale, window=None):
-        """-> the distance of this matrix from the teacher's, and the size of that one"""
+        """Stage 1's loss: h (B, L, D), and what Teacher.factors gives -> distance, size
+
+        The means over batch and heads of || P - matrix(h) ||_F and of || P ||_F, where P is the
+        teacher's softmax(q_t k_t^T scale). Computed in tiles: no (L, L) matrix is in memory.
+        """
         q, k, _, a, _, _ = self.project(h)
         return orientation_loss(q_t, k_t, scale, q, k, a, self.D, window, return_size=True)
 
     def initial_state(self, B):
-        c, weight = self.config, self.in_proj.weight
+        """The state before any text, for B rows. Its size is the same after any length of text."""
+        c = self.config
+        weight = self.in_proj.weight                                    # gives device and dtype
         conv_state = weight.new_zeros(B, c.d_conv - 1, self.conv1d.in_channels)
         S = weight.new_zeros(B, c.n_head, c.d_state, c.head_dim, dtype=at_least_fp32(weight.dtype))
         return conv_state, S
 
 
 def causal_conv(x, weight, bias, before=None):
-    """y_t = bias + sum_i weight[:, 0, i] x_(t - K + 1 + i), each channel by itself.
+    """y_t = bias + sum_(i<K) weight[:, 0, i] x_(t - K + 1 + i), each channel by itself.
 
     x (B, L, C)   weight (C, 1, K)   bias (C)   -> (B, L, C)
-    before (B, K - 1, C): what came before x, zeros if None
+    before (B, K - 1, C): the inputs before x, zeros if None
     """
     K = weight.shape[-1]
     x = F.pad(x, (0, 0, K - 1, 0)) if before is None else torch.cat([before, x], dim=1)
-    if x.shape[1] == K:             # one output: conv1d would prepare for longer than it computes
+    if x.shape[1] == K:             # one output: a sum is faster than the set-up of F.conv1d
         return (x * weight[:, 0].mT.to(x.dtype)).sum(1, keepdim=True) + bias.to(x.dtype)
     y = F.conv1d(x.transpose(1, 2), weight.to(x.dtype), bias.to(x.dtype), groups=x.shape[-1])
     return y.transpose(1, 2)
 
 
 def last_inputs(conv_state, vkq, mask):
-    """conv_state (B, K - 1, C), vkq (B, L, C) -> the last K - 1 of each row that are no padding"""
-    inputs, n = torch.cat([conv_state, vkq], dim=1), conv_state.shape[1]
+    """conv_state (B, K - 1, C), vkq (B, L, C) -> the last K - 1 of each row before its padding"""
+    n = conv_state.shape[1]                                             # K - 1
+    inputs = torch.cat([conv_state, vkq], dim=1)                        # (B, K - 1 + L, C)
     if mask is None:
         return inputs[:, -n:]
+    # A row with m tokens of text has its last K - 1 inputs at m, ..., m + K - 2 of `inputs`.
     index = mask.sum(1, keepdim=True) + torch.arange(n, device=mask.device)         # (B, K - 1)
     return inputs.gather(1, index[..., None].expand(-1, -1, inputs.shape[-1]))
 
 
 class Attention(nn.Module):
-    """The teacher's own attention, for the layers of a hybrid that keep it.
+    """The teacher's attention, for the layers of a hybrid that keep it.
 
-    Rotary, grouped-query, with a KV cache.
+    Causal, with rotary embedding, grouped queries, a sliding window if the teacher has one, and a
+    KV cache. Here G is the number of k/v heads.
     """
 
     def __init__(self, config, i):
@@ -260,19 +290,23 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(self, h, state=None, mask=None):
-        """h (B, L, D) -> (B, L, D)
+        """h (B, L, D) -> (B, L, D), next state
 
-        state: the keys and values so far, and their positions; it grows with the text
+        state: the KV cache, keys and values (B, G, T, P) and their positions (1 or B, T). It grows
+        with the text. The first dimension of positions is B only where padding made rows differ.
         """
-        (B, L, _), c = h.shape, self.config
+        B, L, _ = h.shape
+        c = self.config
         q = self.q_proj(h).view(B, L, -1, c.head_dim).transpose(1, 2)       # (B, H, L, P)
         k = self.k_proj(h).view(B, L, -1, c.head_dim).transpose(1, 2)       # (B, G, L, P)
         v = self.v_proj(h).view(B, L, -1, c.head_dim).transpose(1, 2)       # (B, G, L, P)
         if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         q_pos = k_pos = torch.arange(L, device=h.device)[None]              # (1, L)
         if state is not None:
             k_cache, v_cache, cache_pos = state
+            # New tokens are numbered from the length of the text so far, without its padding.
             q_pos = q_pos + (cache_pos < NEVER).sum(1, keepdim=True)        # (1 or B, L)
             if mask is not None:
                 q_pos = q_pos.where(mask, NEVER)
@@ -280,13 +314,15 @@ class Attention(nn.Module):
         q = rotate(q, q_pos, c.inv_freq, c.rope_scale)
         k = rotate(k, q_pos, c.inv_freq, c.rope_scale)
         if state is not None:
-            k, v = torch.cat([k_cache, k], dim=2), torch.cat([v_cache, v], dim=2)
+            k = torch.cat([k_cache, k], dim=2)                              # (B, G, T, P)
+            v = torch.cat([v_cache, v], dim=2)                              # (B, G, T, P)
             state = k, v, k_pos
-        seen, T = None, k.shape[2]
-        if T > L or mask is not None or (self.window or L) < L:     # without a mask torch is faster
-            distance = q_pos[:, :, None] - k_pos[:, None, :]
-            seen = (distance >= 0) & (distance < (self.window or NEVER))    # (1 or B, L, T)
-            seen = seen[:, None]
+        T = k.shape[2]
+        seen = None                     # plain causal attention: torch is faster without a mask
+        if T > L or mask is not None or (self.window or L) < L:
+            distance = q_pos[:, :, None] - k_pos[:, None, :]                # (1 or B, L, T)
+            seen = (distance >= 0) & (distance < (self.window or NEVER))
+            seen = seen[:, None]                                            # (1 or B, 1, L, T)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None,
                                            enable_gqa=True)
         return self.dense(y.transpose(1, 2).flatten(-2)), state
@@ -301,17 +337,18 @@ def rotate(x, position, inv_freq, scale=1.0):
 
     Channels i and i + R/2 of the first R turn by position * inv_freq[i] and grow by `scale`.
     """
-    # fp32 frequencies and products, like the teacher's, or positions drift apart from its own
+    # Angles in fp32, as the teacher computes them: in bf16, late positions would get wrong angles.
     frequency = torch.tensor(inv_freq, device=x.device, dtype=torch.float32)
     angle = (position.float()[..., None] * frequency)[:, None]              # (1 or B, 1, L, R/2)
-    cos, sin = (angle.cos() * scale).to(x.dtype), (angle.sin() * scale).to(x.dtype)
-    pairs = len(inv_freq)
+    cos = (angle.cos() * scale).to(x.dtype)
+    sin = (angle.sin() * scale).to(x.dtype)
+    pairs = len(inv_freq)                                                   # R / 2
     first, second, rest = x.split([pairs, pairs, x.shape[-1] - 2 * pairs], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
 class AttentionMixer(nn.Module):
-    """Attention under the name the published hybrid checkpoint has it: mixer.self_attn."""
+    """Attention under the name that the published hybrid checkpoint gives it: mixer.self_attn."""
 
     def __init__(self, config, i):
         super().__init__()
@@ -325,7 +362,7 @@ class AttentionMixer(nn.Module):
 
 
 def mixer_class(name):
-    """Mamba-2 is above. The others are in extras/mixers.py, imported when a config names one."""
+    """Mamba2 is above. Other mixers are in extras/mixers.py, imported when a config names one."""
     if name == "mamba2":
         return Mamba2
     try:
@@ -341,7 +378,11 @@ def mixer_class(name):
 # The model
 
 class Block(nn.Module):
-    """One layer: norms, mixer, MLP, in the teacher's arrangement."""
+    """One layer: norms, mixer, MLP, in the teacher's arrangement (see the header's picture).
+
+    Everything but the mixer has the teacher's weights. In a hybrid some mixers are attention, and
+    have them too.
+    """
 
     def __init__(self, config, i):
         super().__init__()
@@ -356,19 +397,23 @@ class Block(nn.Module):
         self.mlp = MLP(config) if self.parallel else GatedMLP(config)
 
     def forward(self, u, state=None, mask=None):
-        """u (B, L, D) -> the next layer's u (B, L, D), and the mixer's next state"""
-        h = self.input_layernorm(u)
-        mixed, state = self.mixer(h, state, mask)
+        """u (B, L, D), the hidden state -> the next layer's u (B, L, D), the mixer's next state"""
+        h = self.input_layernorm(u)                                     # (B, L, D)
+        mixed, state = self.mixer(h, state, mask)                       # (B, L, D)
         if self.parallel:
             return u + mixed + self.mlp(h), state
         u = u + mixed
         return u + self.mlp(self.post_attention_layernorm(u)), state
 
+    # Sharded training (FSDP2) gathers a layer's weights when a method of the layer is called. So
+    # what needs them without forward goes through one of these two.
+
     def orientation(self, u, *factors):
+        """Stage 1's loss of this layer, given its input u: see Mamba2.orientation"""
         return self.mixer.orientation(self.input_layernorm(u), *factors)
 
     def call(self, f, *args):
-        """f(self, *args): FSDP2 gathers a layer's weights for its own methods only"""
+        """f(self, *args): any other function of this layer's weights"""
         return f(self, *args)
 
 
@@ -378,11 +423,11 @@ def norm(config):
 
 
 class Generation:
-    """Writing text, for student and teacher alike: it needs their read() and stepper()."""
+    """Writes text, for student and teacher alike: it needs their read() and stepper()."""
 
     @torch.no_grad()
     def stream(self, prompts, n, temperature=0.0, top_k=None, seed=0):
-        """Yields n times the next token of each prompt (B). Arguments as in generate."""
+        """Yields the next token of each prompt (B), n times. Arguments as in generate."""
         logits, state = self.read(prompts, n)
         generator = torch.Generator(logits.device).manual_seed(seed)
         token = sample(logits, temperature, top_k, generator)
@@ -393,21 +438,20 @@ class Generation:
             yield token
 
     def generate(self, prompts, n, temperature=0.0, top_k=None, seed=0):
-        """tokens (B, L) -> (B, L + n); or a list of B 1-D tensors -> each n longer
+        """prompts: tokens (B, L) -> (B, L + n). A list of B 1-D tensors -> the same, each n longer
 
-        Each goes on as it would alone, whatever the others are. Greedy at temperature 0; else
-        sampled, from the top_k likeliest if given: equal prompts get equal text, another seed
-        another. The student's memory does not grow with n, but for a hybrid's attention layers.
+        The text of a prompt does not depend on the other prompts, and equal prompts get equal text.
+        Greedy at temperature 0, otherwise sampled, among the top_k likeliest tokens if given.
+        The student's memory grows with n in attention layers only.
         """
-        drawn = list(self.stream(prompts, n, temperature, top_k, seed))             # n times (B)
+        drawn = torch.stack(list(self.stream(prompts, n, temperature, top_k, seed)), 1)     # (B, n)
         if isinstance(prompts, torch.Tensor):
-            return torch.cat([prompts, *(token[:, None] for token in drawn)], dim=1)
-        return [torch.cat([prompt, *(token[i:i + 1] for token in drawn)])
-                for i, prompt in enumerate(prompts)]
+            return torch.cat([prompts, drawn], dim=1)
+        return [torch.cat(pair) for pair in zip(prompts, drawn, strict=True)]
 
 
 def prompt_lengths(prompts):
-    """The number of tokens of each, or UsageError: after no token nothing can be predicted"""
+    """The number of tokens of each prompt. UsageError for an empty one: it predicts no token."""
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) == 0:
         raise UsageError("an empty prompt: give at least one token")
@@ -415,9 +459,9 @@ def prompt_lengths(prompts):
 
 
 class SSM(nn.Module, Generation):
-    """The language model, with one method for each stage: matrix(i, u), block(i, u), logits(tokens)
+    """The language model, with one method per stage: matrix(i, u), block(i, u), logits(tokens)
 
-    The usual ways in are from_teacher and from_pretrained; SSM(config) has random weights.
+    Made by from_teacher or from_pretrained. SSM(config) has random weights.
     """
 
     def __init__(self, config):
@@ -427,7 +471,7 @@ class SSM(nn.Module, Generation):
             raise UsageError(f"--attn_layers {unknown[0]}: "
                              f"the model has layers 0 to {config.n_layer - 1}")
         self.config = config
-        self.recompute = False          # activations again in the backward, instead of keeping them
+        self.recompute = False          # see run_layer
         self.backbone = nn.ModuleDict({
             "embedding": nn.Embedding(config.vocab_size, config.d_model),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
@@ -435,7 +479,7 @@ class SSM(nn.Module, Generation):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.block == "phi")
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
-        for module in self.modules():
+        for module in self.modules():   # GPT-2's start; from_teacher overwrites all but the mixers
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -454,21 +498,23 @@ class SSM(nn.Module, Generation):
     # the three stages ------------------------------------------------------------
 
     def matrix(self, i, u):
-        """u (B, L, D) -> M + diag D (B, H, L, L) of SSM layer i, in full: stage 1"""
+        """Stage 1: u (B, L, D), the input of SSM layer i -> its matrix M + diag D (B, H, L, L)"""
         layer = self.layers[i]
         return layer.mixer.matrix(layer.input_layernorm(u))
 
     def orientation(self, i, u, *factors):
-        """factors: as Teacher.factors gives them -> the distance of matrix(i, u) from the teacher's
-        attention, and the size of that: as orientation_loss has them"""
+        """Stage 1's loss, which never has matrix(i, u) in memory: see Mamba2.orientation
+
+        factors: q_t, k_t, scale, window, as Teacher.factors(i, u) gives them
+        """
         return self.layers[i].orientation(u, *factors)
 
     def block(self, i, u):
-        """u (B, L, D) -> (B, L, D), the output of layer i: stage 2"""
+        """Stage 2: u (B, L, D), the input of layer i -> its output (B, L, D)"""
         return self.layers[i](u)[0]
 
     def logits(self, tokens):
-        """tokens (B, L) -> (B, L, V): stage 3"""
+        """Stage 3: tokens (B, L) -> (B, L, V), scores of the next token at each position"""
         return self.head(self.hidden(tokens))
 
     def hidden(self, tokens):
@@ -480,14 +526,15 @@ class SSM(nn.Module, Generation):
 
     def outputs(self, tokens):
         """tokens (B, L) -> the output of each layer, before the final norm: n_layer x (B, L, D)"""
-        u, outputs = self.backbone["embedding"](tokens), []
+        u = self.backbone["embedding"](tokens)                                      # (B, L, D)
+        outputs = []
         for layer in self.layers:
             u = self.run_layer(layer, u)[0]
             outputs.append(u)
         return outputs
 
     def run_layer(self, layer, u, *more):
-        """layer(u, ...), whose activations are computed again in the backward if `recompute`"""
+        """layer(u, ...). With `recompute`, the backward runs the layer again: less memory."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(layer, u, *more, use_reentrant=False)
         return layer(u, *more)
@@ -500,22 +547,24 @@ class SSM(nn.Module, Generation):
     def prefill(self, tokens, state, mask=None):
         """tokens (B, L) after `state` -> final hidden (B, L, D), next state. In parallel over L.
 
-        mask (B, L): False where a row is padding, wherever that is. Each row comes out as it would
-        without it, and in its place stands the hidden of the token before it, if there is one.
+        mask (B, L): False where a row is padding, on either side or inside. Tokens are computed as
+        if padding were not there. The hidden state at padding is that of the token before it.
         """
         if mask is not None:
-            # The text of each row moves to the left, in its order: no token looks ahead at padding.
+            # The mixers want padding on the right, so the text of each row moves to the left.
             order = mask.logical_not().byte().argsort(dim=1, stable=True)           # (B, L)
+            moved_to = (mask.cumsum(1) - 1).clamp_min(0)                            # (B, L)
             tokens = tokens.masked_fill(~mask, 0).gather(1, order)
-            moved_to, mask = (mask.cumsum(1) - 1).clamp_min(0), mask.gather(1, order)
-        u, after = self.backbone["embedding"](tokens), []
+            mask = mask.gather(1, order)
+        u = self.backbone["embedding"](tokens)                                      # (B, L, D)
+        next_state = []
         for layer, before in zip(self.layers, state or [None] * len(self.layers), strict=True):
-            u, layer_state = self.run_layer(layer, u, before, mask if state else None)
-            after.append(layer_state)
+            u, after = self.run_layer(layer, u, before, mask if state else None)
+            next_state.append(after)
         h = self.backbone["final_layernorm"](u)
-        if mask is not None:
+        if mask is not None:            # back to where each token was
             h = h.gather(1, moved_to[..., None].to(h.device).expand_as(h))
-        return h, after
+        return h, next_state
 
     def step(self, token, state):
         """One token by the recurrence: token (B), state -> logits (B, V), next state"""
@@ -526,30 +575,31 @@ class SSM(nn.Module, Generation):
     def read(self, prompts, *_):
         """prompts: tokens (B, L), or a list of B 1-D tensors of any lengths
 
-        -> logits (B, V) after the last token of each, state. In pieces: memory is flat in L, but
-        for a hybrid's attention layers.
+        -> logits (B, V) after the last token of each, state. Long prompts are read in pieces, so
+        that only in attention layers does memory grow with L.
         """
         lengths = torch.tensor(prompt_lengths(prompts), device=prompts[0].device)   # (B)
         even = bool((lengths == lengths[0]).all())
         tokens = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)         # (B, L)
-        state, last = self.initial_state(len(tokens)), None
+        state = self.initial_state(len(tokens))
+        last = None                                     # (B, D), of each row's last token so far
         for start in range(0, tokens.shape[1], PREFILL):
             piece = tokens[:, start:start + PREFILL]
-            unread = lengths - start                    # tokens of each prompt, <= 0 past its end
+            unread = lengths - start                    # (B), tokens; <= 0 past a prompt's end
             mask = None
             if not even:
                 mask = torch.arange(piece.shape[1], device=unread.device) < unread[:, None]
             h, state = self.prefill(piece, state, mask)
-            end = h[:, -1]                              # (B, D), of each row's last token in here
+            end = h[:, -1]                              # at padding, that of the token before it
             last = end if last is None else end.where((unread > 0)[:, None], last)
         return self.head(last), state
 
     def stepper(self, state, capture=None):
-        """-> a function: token (B) -> logits (B, V), which keeps the state
+        """-> a function: token (B) -> logits (B, V). It updates the state between calls.
 
-        The returned logits are overwritten by the next call. capture: how to make one launch of a
-        step, on a GPU capture_graph. A state that grows, as a hybrid's does, is another step each
-        time, and is not captured.
+        The returned logits are overwritten by the next call. capture makes one launch of a step; on
+        a GPU the default is capture_graph. A hybrid has none, because its state grows: the shapes
+        change with each step.
         """
         if capture is None and state[0][0].is_cuda and not self.config.attn_layers:
             capture = capture_graph
@@ -559,6 +609,7 @@ class SSM(nn.Module, Generation):
                 logits, state = self.step(token, state)
                 return logits
             return step
+        # A graph reads and writes the same tensors at each launch: a fixed token and a fixed state.
         static_state = [[x.clone() for x in layer] for layer in state]
         token_in = torch.zeros(len(state[0][0]), dtype=torch.long, device=state[0][0].device)
 
@@ -568,7 +619,7 @@ class SSM(nn.Module, Generation):
             return logits
 
         replay, logits = capture(work)
-        copy_state(static_state, state)                 # capturing moved it on
+        copy_state(static_state, state)                 # capturing ran some steps
 
         def replayed_step(token):
             token_in.copy_(token)
@@ -580,10 +631,10 @@ class SSM(nn.Module, Generation):
 
     @classmethod
     def from_teacher(cls, teacher, attn_layers=(), init="mohawk", tokens=None, **overrides):
-        """A student of `teacher`'s shape with all its weights but the mixers outside attn_layers.
+        """A student of the teacher's shape with a copy of its weights, except in the SSM's mixers.
 
         attn_layers: numbers of the layers that keep attention, or "all"
-        init: how mixers start: see INITS, or "scratch": nothing of the teacher's is copied
+        init: how the mixers start, see INITS; or "scratch", which copies nothing from the teacher
         tokens (B, L): for the starts that look at the teacher's attention
         overrides: fields of Config, such as d_state or mixer
         """
@@ -595,8 +646,10 @@ class SSM(nn.Module, Generation):
             return student
         if init not in INITS:
             raise UsageError(f"--init {init}: choose {', '.join(INITS)} or scratch")
-        fresh, weights_t = student.state_dict(), teacher.weights()
+        fresh = student.state_dict()
+        weights_t = teacher.weights()
         copied = {name: w.to(fresh[name].dtype) for name, w in weights_t.items() if name in fresh}
+        # Only an SSM layer's mixer has other parameters than the teacher's layer.
         mixers = tuple(f"backbone.layers.{i}.mixer." for i in student.ssm_layers)
         wrong = [name for name in fresh.keys() ^ weights_t.keys() if not name.startswith(mixers)]
         if wrong:
@@ -610,9 +663,9 @@ class SSM(nn.Module, Generation):
 
     @classmethod
     def from_pretrained(cls, name):
-        """name: a model folder of this project or of goombalab/Phi-Mamba's layout, or a hub id.
+        """name: a model folder in this project's or goombalab/Phi-Mamba's layout, or a hub id
 
-        Strict: all or nothing.
+        UsageError unless every tensor that config.json implies is in the file, and no other.
         """
         folder = Path(name)
         if not folder.exists() and str(name).count("/") == 1:
@@ -620,9 +673,12 @@ class SSM(nn.Module, Generation):
         if not (folder / "config.json").is_file():
             raise UsageError(f"no model in {name}: there is no config.json")
         student = cls(read_config(json.loads((folder / "config.json").read_text("utf-8"))))
-        file, bin = folder / "model.safetensors", folder / "pytorch_model.bin"
+        file = folder / "model.safetensors"
         try:
-            weights = load_file(file) if file.exists() else torch.load(bin, weights_only=True)
+            if file.exists():
+                weights = load_file(file)
+            else:                                   # the published checkpoints
+                weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
         except Exception as error:                  # a cut or damaged file fails in many ways
             raise UsageError(f"{file} is missing, damaged or cut short: "
                              f"{first_line(error)}") from error
@@ -638,9 +694,10 @@ class SSM(nn.Module, Generation):
         return student
 
     def save_pretrained(self, folder, **about):
-        """config.json and model.safetensors in the published layout; all of it or nothing.
+        """Writes config.json and model.safetensors, in the published layout.
 
-        about: how it was made
+        about: how the model was made, for config.json. A killed process leaves the old folder, or
+        the new one, never half of one.
         """
         folder = Path(folder)
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
@@ -653,7 +710,7 @@ class SSM(nn.Module, Generation):
         config = json.dumps(write_config(self.config) | {"about": about}, indent=1) + "\n"
         (partial / "config.json").write_text(config, "utf-8")
         replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
-        if folder.exists():                         # at no moment is there half a folder
+        if folder.exists():
             folder.rename(replaced)
         partial.rename(folder)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -667,29 +724,29 @@ def sample(logits, temperature, top_k, generator):
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     p = (logits.float() / temperature).softmax(-1)
-    # p over exponential noise is largest at a draw from p. The rows share the noise, so what one
-    # draws does not depend on how many others there are.
+    # argmax of p / exponential noise is a draw from p. All rows share the noise, so the draw of a
+    # row does not depend on the number of rows.
     noise = torch.empty_like(p[0]).exponential_(generator=generator)                # (V)
     return (p / noise).argmax(-1)
 
 
 def copy_state(target, source):
-    """Of each layer each tensor, in place"""
+    """Copies each tensor of each layer's state, in place"""
     for layer, new in zip(target, source, strict=True):
         for x, y in zip(layer, new, strict=True):
             x.copy_(y)
 
 
 def capture_graph(work):
-    """work(), all of it on the GPU, as a CUDA graph -> replay, what work returned
+    """Records work(), which runs on the GPU, as a CUDA graph -> replay, the tensor work returned
 
-    A step of a small batch is hundreds of kernels that take less time than their launches.
-    replay() is one launch; it reads and writes the tensors that work did.
+    A step of a small batch is hundreds of kernels, each shorter than its launch. replay() is one
+    launch, which reads and writes the same tensors as work().
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):              # Triton compiles and cuBLAS chooses, which no graph may do
+        for _ in range(3):              # Triton compiles and cuBLAS tunes: not allowed in a graph
             work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -706,14 +763,14 @@ def capture_graph(work):
 # -----------------------------------------------------------------------------
 # Teacher -> student: shapes, names, and how the mixers start
 
-# Rotary embeddings that a list of frequencies and one factor describe. Others ("dynamic",
+# Rotary embeddings that a list of frequencies and one factor describe. Other kinds ("dynamic",
 # "longrope") change with the length of the text.
 ROPES = ("default", "linear", "llama3", "yarn", "proportional")
 ATTENTIONS = {"full_attention", "sliding_attention"}
 
 
 def windows_of(hf):
-    """How many keys each layer of a decoder sees, the query's own among them; None: all"""
+    """The sliding window of each layer: how many keys a query sees, with its own; None: all"""
     window = getattr(hf, "sliding_window", None)
     if hf.model_type == "mistral":
         return [window] * hf.num_hidden_layers
@@ -723,11 +780,13 @@ def windows_of(hf):
 
 
 def shapes_of(hf, inv_freq, rope_scale=1.0):
-    """The fields of Config that a Hugging Face decoder's configuration decides.
+    """A Hugging Face decoder's configuration -> the fields of Config that it decides.
 
-    UsageError, by name, for what the student's blocks cannot do.
+    UsageError for a property of the teacher that the student's blocks lack: an exact copy of its
+    layers would be impossible.
     """
-    phi, rope = hf.model_type == "phi", hf.rope_parameters["rope_type"]
+    phi = hf.model_type == "phi"
+    rope = hf.rope_parameters["rope_type"]
     if rope not in ROPES:
         raise UsageError(f"the teacher's rotary embedding is of the kind {rope!r}, which changes "
                          f"with the length of the text: a student has {', '.join(ROPES)}")
@@ -764,122 +823,134 @@ def rename(name):
     >>> rename("model.norm.weight"), rename("lm_head.weight")
     ('backbone.final_layernorm.weight', 'lm_head.weight')
     """
-    for theirs, own in (("model.embed_tokens.", "backbone.embedding."),
-                        ("model.norm.", "backbone.final_layernorm."), ("model.", "backbone."),
-                        (".o_proj.", ".dense."), (".self_attn.", ".mixer.self_attn.")):
-        name = name.replace(theirs, own)
+    for part_t, part in (("model.embed_tokens.", "backbone.embedding."),
+                         ("model.norm.", "backbone.final_layernorm."), ("model.", "backbone."),
+                         (".o_proj.", ".dense."), (".self_attn.", ".mixer.self_attn.")):
+        name = name.replace(part_t, part)
     return name
 
 
 def init_mohawk(student, teacher, tokens):
-    """As Mamba2.reset_parameters leaves them: the paper's start"""
+    """The paper's start, which SSM() has made already: see Mamba2.reset_parameters"""
 
 
 def init_conv(student, teacher, tokens):
-    """MOHAWK's start, but for the convolution, which is PyTorch's"""
+    """The paper's start, but with PyTorch's random convolution"""
     for i in student.ssm_layers:
         student.layers[i].mixer.conv1d.reset_parameters()
 
 
 def init_random(student, teacher, tokens):
-    """All as PyTorch's modules start"""
+    """PyTorch's defaults for all of a mixer's modules"""
     for i in student.ssm_layers:
         student.layers[i].mixer = mixer_class(student.config.mixer)(student.config)
 
 
 @torch.no_grad()
 def init_qkv(student, teacher, tokens):
-    """q <- q, k <- k, v <- v, out_proj <- the teacher's output projection, layer by layer"""
+    """q, k, v and out_proj of each layer from the teacher's attention in that layer
+
+    They have the same roles in both, so the student's scores q k^T start as the teacher's, without
+    its rotary embedding and softmax.
+    """
     weights = teacher.weights()
     for i in student.ssm_layers:
         prefix = f"backbone.layers.{i}.mixer.self_attn."
-        copy_qkv(student.layers[i].mixer, {name.removeprefix(prefix): w for name, w in
-                                           weights.items() if name.startswith(prefix)})
+        attention = {name.removeprefix(prefix): w for name, w in weights.items()
+                     if name.startswith(prefix)}
+        copy_qkv(student.layers[i].mixer, attention)
 
 
 def copy_qkv(mixer, attention):
-    """attention: {"q_proj.weight": tensor, ...} of one layer
-
-    Keys and values of grouped-query teachers once for each query head.
-    """
+    """attention: {"q_proj.weight": tensor, ...} of one layer of the teacher -> into the mixer"""
     c = mixer.config
     if (c.n_qk_head, c.d_state) != (c.n_head, c.head_dim):
         raise UsageError("init qkv needs d_state = head_dim and q, k for every head, "
                          "as the teacher has them")
     rows = mixer.split_in_proj(mixer.in_proj.weight)
-    sizes = [mixer.parts[part] for part in ("v", "k", "q")]
-    biases = dict(zip(("v", "k", "q"), mixer.conv1d.bias.split(sizes), strict=True))
-    for part in mixer.copied_parts:
-        # The scale of softmax(q k / sqrt(N)) goes into q: scores start at the size of attention's.
+    channels = list(rows)[:3]                           # v, k, q, in the order of the convolution
+    sizes = [len(rows[part]) for part in channels]
+    biases = dict(zip(channels, mixer.conv1d.bias.split(sizes), strict=True))
+    for part in ("v", "k", "q"):
+        if part not in rows:                            # a mixer without a key: extras/mixers.py
+            continue
+        # q takes the scale of softmax(q k^T / sqrt(N)): scores start at the size of attention's.
         scale = c.head_dim ** -0.5 if part == "q" else 1
         rows[part].copy_(scale * per_query_head(attention[f"{part}_proj.weight"], c))
         bias = attention.get(f"{part}_proj.bias")
-        if bias is not None:                # in_proj has no bias, but the conv behind it has
+        if bias is not None:                            # in_proj has none: it goes into the conv's
             biases[part].copy_(scale * per_query_head(bias, c))
     mixer.out_proj.weight.copy_(attention["dense.weight"])
 
 
 def per_query_head(w, config):
-    """(n P, ...) -> (H P, ...): heads that serve several query heads are repeated, head by head"""
-    heads = w.unflatten(0, (-1, config.head_dim))                       # (n, P, ...)
+    """(G P, ...) -> (H P, ...): a k/v head that serves several query heads, once for each"""
+    heads = w.unflatten(0, (-1, config.head_dim))                       # (G, P, ...)
     return heads.repeat_interleave(config.n_head // len(heads), dim=0).flatten(0, 1)
 
 
 @torch.no_grad()
 def init_fit(student, teacher, tokens, decays=False):
-    """init_qkv, then each head's matrix M is brought as near to its attention P as two numbers can
-    on these tokens (B, L): the c and D that minimise || P - c M - D I ||_F.
+    """init_qkv, then two numbers per head, c and D, that minimise || P - c M - D I ||_F
 
-    c goes into q. Scores without a softmax are too large: c is a few percent. It is 0 where M is 0,
-    as in a head that was pruned, or only a diagonal, which D alone can be.
+    P is the head's attention matrix in the teacher, M the student's, on these tokens (B, L). Scores
+    without a softmax are too large: c is a few percent. It goes into q. c = 0 where M is 0, as in a
+    head that was pruned, or a multiple of I, which D can replace.
     """
     init_qkv(student, teacher, tokens)
     student.to(tokens.device)
     if decays:
         set_decays(student, teacher, tokens)
     for i, u in teacher.inputs(tokens, only=student.ssm_layers):
-        mixer, products = student.layers[i].mixer, 0
+        mixer = student.layers[i].mixer
         mixer.D.zero_()
+        products = 0
         for window in u.float()[:, None]:                               # (1, L, D)
-            M, P = (model.matrix(i, window)[0].double() for model in (student, teacher))
-            trace_M, trace_P = (x.diagonal(dim1=-2, dim2=-1).sum(-1) for x in (M, P))   # (H)
+            M = student.matrix(i, window)[0].double()                   # (H, L, L)
+            P = teacher.matrix(i, window)[0].double()                   # (H, L, L)
+            trace_M = M.diagonal(dim1=-2, dim2=-1).sum(-1)              # (H)
+            trace_P = P.diagonal(dim1=-2, dim2=-1).sum(-1)              # (H)
             products = products + torch.stack([
                 (M * M).sum((-1, -2)), trace_M, (P * M).sum((-1, -2)), trace_P,
                 torch.full_like(trace_M, tokens.shape[1])])
-        MM, MI, PM, PI, II = products           # (H) each: M . M, M . I, P . M, P . I, I . I
-        determinant = MM * II - MI * MI         # of the two normal equations; >= 0
+        # Least squares in c and D: two equations, c MM + D MI = PM and c MI + D II = PI.
+        MM, MI, PM, PI, II = products                                   # (H) each
+        determinant = MM * II - MI * MI                                 # >= 0
         c = ((PM * II - PI * MI) / determinant).clamp_min(0)
         c = c.where(determinant > 1e-12 * MM * II, 0)
         mixer.D.copy_((PI - c * MI) / II)
         c = c.to(mixer.D.dtype)[:, None]                                # (H, 1)
-        mixer.split_in_proj(mixer.in_proj.weight)["q"].unflatten(0, (len(c), -1)).mul_(c[..., None])
-        mixer.conv1d.bias[-mixer.parts["q"]:].unflatten(0, (len(c), -1)).mul_(c)
+        q_rows = mixer.split_in_proj(mixer.in_proj.weight)["q"].unflatten(0, (len(c), -1))
+        q_bias = mixer.conv1d.bias[-mixer.parts["q"]:].unflatten(0, (len(c), -1))
+        q_rows.mul_(c[..., None])                                       # (H, N, D), a view
+        q_bias.mul_(c)                                                  # (H, N), a view
 
 
 def init_distance(student, teacher, tokens):
-    """init_fit, with decays by how far each head of the teacher looks back"""
+    """init_fit, with decays set by how far each head of the teacher looks back"""
     init_fit(student, teacher, tokens, decays=True)
 
 
 @torch.no_grad()
 def set_decays(student, teacher, tokens):
-    """Each head forgets as its teacher's looks back: a = -1 / the mean distance of its attention.
+    """a = -1 / the mean distance between query and key in this head of the teacher, everywhere
 
-    a = -softplus(A_log), and A_log is a product of in_proj with no bias. So its rows are those that
-    come nearest to a constant on these tokens (B, L), by least squares with a ridge.
+    a = -softplus(A_log), and A_log = w . h has no bias. A constant A_log needs the w that brings
+    w . h nearest to 1 on these tokens (B, L): least squares, with a ridge.
     """
     position = torch.arange(tokens.shape[1], device=tokens.device)
-    back = (position[:, None] - position).clamp_min(0)                  # (L, L)
+    back = (position[:, None] - position).clamp_min(0)                  # (L, L), i - j
     for i, u in teacher.inputs(tokens, only=student.ssm_layers):
         layer = student.layers[i]
-        looks = [(teacher.matrix(i, window[None]) * back).sum(-1).mean(-1) for window in u]
-        distance = torch.cat(looks).mean(0).clamp_min(0.25).double()    # (H)
+        distances = [(teacher.matrix(i, window[None]) * back).sum(-1).mean(-1) for window in u]
+        distance = torch.cat(distances).mean(0).clamp_min(0.25).double()    # (H)
         h = layer.input_layernorm(u.float()).flatten(0, 1).double()     # (B L, D)
-        gram = h.T @ h / len(h)
+        gram = h.T @ h / len(h)                                         # (D, D)
         gram.diagonal().add_(1e-2 * gram.diagonal().mean())
-        constant = torch.linalg.solve(gram, h.mean(0))                  # (D): h . constant ~ 1
+        w = torch.linalg.solve(gram, h.mean(0))                         # (D): h . w is about 1
         rows = layer.mixer.split_in_proj(layer.mixer.in_proj.weight)["a"]   # (H, D)
-        rows.copy_(torch.outer((1 / distance).expm1().log(), constant))
+        A_log = (1 / distance).expm1().log()                            # softplus(A_log) = 1 / d
+        rows.copy_(torch.outer(A_log, w))
 
 
 INITS = {"mohawk": init_mohawk, "qkv": init_qkv, "fit": init_fit, "distance": init_distance,
@@ -891,31 +962,29 @@ INITS = {"mohawk": init_mohawk, "qkv": init_qkv, "fit": init_fit, "distance": in
 
 ATTENTION = "modules.mixers.phi_attention"
 MAMBA2 = "modules.mixers.discrete_mamba2"
-# What the published layout has a place for; the other fields of Config go under "shapes".
+# The published layout has fields for these. The other fields of Config go under "shapes".
 IN_MODEL = ("vocab_size", "d_model", "n_layer", "attn_layers", "mixer")
 IN_CORE = ("d_state", "n_head", "n_qk_head", "d_conv", "head_dim")
 
 
-def core_type(mixer):
-    return MAMBA2 if mixer == "mamba2" else f"modules.mixers.{mixer}"
-
-
 def write_config(config):
     """Config -> config.json as a dict"""
+    mixer_kind = MAMBA2 if config.mixer == "mamba2" else f"modules.mixers.{config.mixer}"
     core = {"d_state": config.d_state, "n_v_heads": config.n_head, "n_qk_heads": config.n_qk_head,
             "d_conv": config.d_conv, "conv_bias": True, "expand": config.d_inner / config.d_model,
             "chunk_size": 128, "activation": "identity", "bias": False}
     runs = []
     for i in range(config.n_layer):
-        kind = ATTENTION if i in config.attn_layers else core_type(config.mixer)
+        kind = ATTENTION if i in config.attn_layers else mixer_kind
         if runs and runs[-1]["CoreType"] == kind:
             runs[-1]["n_layers"] += 1
         else:
             runs.append({"n_layers": 1,
                          "BlockType": "modules.phi_block", "block_input": {"resid_dropout": 0.0},
                          "CoreType": kind, "core_input": {} if kind == ATTENTION else core})
-    has_place = IN_MODEL + (IN_CORE if len(config.attn_layers) < config.n_layer else ())
-    shapes = {name: value for name, value in asdict(config).items() if name not in has_place}
+    # A model of attention alone has no core, and so no field for a mixer's shapes.
+    published = IN_MODEL + (IN_CORE if len(config.attn_layers) < config.n_layer else ())
+    shapes = {name: value for name, value in asdict(config).items() if name not in published}
     language = {"vocab_size": config.vocab_size, "pad_vocab_size_multiple": 1}
     mixer = {"d_model": config.d_model, "n_layer": config.n_layer, "lm_head_prenorm": "layer"}
     return {"LanguageModel": {"input": language}, "MixerModel": {"input": mixer},
@@ -923,11 +992,13 @@ def write_config(config):
 
 
 def read_config(file):
-    """config.json as a dict -> Config; missing fields are Phi-1.5's, as in the published code."""
+    """config.json as a dict -> Config. Missing fields are Phi-1.5's, as in the published code."""
     try:
-        language, model = file["LanguageModel"]["input"], file["MixerModel"]["input"]
+        language = file["LanguageModel"]["input"]
+        model = file["MixerModel"]["input"]
         blocks = [block for name, block in file.items() if name.startswith("Block")]
-        kinds, cores = [], {}
+        kinds = []                                      # of each layer
+        cores = {}                                      # kind -> the mixer's own fields
         for block in blocks:
             kinds += [block["CoreType"]] * block["n_layers"]
             cores[block["CoreType"]] = block["core_input"]
@@ -951,7 +1022,7 @@ def read_config(file):
 
 
 def core_shapes(kind, core, d_model):
-    """The fields of Config that a mixer's core_input decides"""
+    """A mixer's core_input -> the fields of Config that it decides"""
     if (core["activation"], core["bias"], core["conv_bias"]) != ("identity", False, True):
         raise UsageError("config.json asks for a mixer with an activation or with other "
                          "biases than this one has")
@@ -964,27 +1035,27 @@ def core_shapes(kind, core, d_model):
 
 
 # -----------------------------------------------------------------------------
-# What every file of the project needs: errors as one line, and the hub
+# What every file of the project needs: errors as one line, and the Hugging Face hub
 
 class UsageError(Exception):
-    """Something the user can mend. The programs print it as one line and leave with exit code 2."""
+    """An error that the user can fix. The programs print it as one line, with exit code 2."""
 
 
 def first_line(error):
-    """What another library's error says, short enough for one line."""
+    """The message of another library's error, cut to one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def go_offline_if_unreachable():
-    """If the hub's name does not resolve, look in this machine's cache only.
+    """If the hub's name does not resolve, use only the files cached on this machine.
 
-    huggingface_hub would find out too, after half a minute of retries and a page of warnings.
+    huggingface_hub alone does that after half a minute of retries and a page of warnings.
     """
     import huggingface_hub
     from huggingface_hub import constants
     huggingface_hub.utils.logging.set_verbosity_error()
     proxies = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-    if any(os.environ.get(name) for name in proxies):
+    if any(os.environ.get(name) for name in proxies):       # the proxy resolves names
         return
     try:
         socket.getaddrinfo(urllib.parse.urlparse(constants.ENDPOINT).hostname, 443)
@@ -993,6 +1064,7 @@ def go_offline_if_unreachable():
 
 
 def from_hub(name):
+    """A hub id -> the folder in the local cache with its config and weights"""
     from huggingface_hub import snapshot_download
     go_offline_if_unreachable()
     files = ["config.json", "model.safetensors", "pytorch_model.bin"]

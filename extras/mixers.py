@@ -5,21 +5,21 @@ Run:  python distill.py --mixer gla --init qkv          # any stage, any teacher
       python -m extras.mixers --preset smollm2 --data texts --tokens 20e6 --context 1024 --lr 1e-3
 
 Each is Mamba-2 but for what stands between q, k, v, the gates and y: the same heads, state,
-convolution, skip, gate and output projection. What their papers put around that (rotary embeddings,
-a norm of y, SiLU on q and k, MetaLA's self-augmentation) none has here: what is compared is the
-operators, and all can start from a copy of the teacher's q, k and v.
+convolution, skip, gate and output projection. What their papers add around that (rotary embeddings,
+a norm of y, SiLU on q and k, MetaLA's self-augmentation) is left out: the study compares operators,
+and all can start from a copy of the teacher's q, k and v.
 
-    mixer            the state                                      computed by
-    linear           nothing is forgotten; phi = elu + 1, normalised    ssd, v with a column of ones
-    retnet           each head forgets at a fixed rate              ssd
+    mixer            the state                                          computed by
+    linear           forgets nothing; phi = elu + 1, y is normalised    ssd, v with a column of ones
+    retnet           forgets at a fixed rate per head                   ssd
     mlstm            forget gate, exponential input gate, normalised    ssd, v with a column of ones
-    gla              each channel of k forgets by the input         channel_chunked
-    metala           the same, and k is what is forgotten           channel_chunked
-    deltanet         what k finds is replaced by v                  a triangular solve, then ssd
-    gated_deltanet   the same, and each head forgets                a triangular solve, then ssd
+    gla              forgets at a rate per channel, set by the input    channel_chunked
+    metala           as gla, and writes what it forgets: no key         channel_chunked
+    deltanet         replaces what k finds by v                         a triangular solve, then ssd
+    gated_deltanet   as deltanet, and forgets as Mamba-2 does           a triangular solve, then ssd
 
-It is also an example of how to add a mixer: subclass Mixer, say how many rows of in_proj its gates
-need and what its operator takes, and name it in MIXERS.
+This file is also an example of how to add a mixer: subclass Mixer, say how many rows of in_proj its
+gates need and what its operator takes, and name it in MIXERS.
 
 [3] 2504.14366    [4] RetNet, arXiv 2307.08621    [5] linear attention, 2006.16236
 [6] xLSTM, 2405.04517    [7] MetaLA, 2411.10741    [8] GLA, 2312.06635    [9] DeltaNet, 2406.06484
@@ -47,8 +47,8 @@ from ssd_kernel import (
 )
 
 # -----------------------------------------------------------------------------
-# the operators: a decay for each channel of k, and the delta rule. Each step is the definition; its
-# chunked form is plain PyTorch and its autograd, in fp32 or wider, for one document a row.
+# the operators: a decay for each channel of k, and the delta rule. Each *_step is the definition.
+# The chunked forms are plain PyTorch with its autograd, in fp32 or wider, one document per row.
 
 def channel_step(q, k, v, a, S):
     """S_t = diag(e^(a_t)) S_(t-1) + k_t v_t^T      y_t = q_t S_t
@@ -61,7 +61,7 @@ def channel_step(q, k, v, a, S):
 
 
 def channel_chunked(q, k, v, a, initial_state=None, return_final_state=False, chunk=64):
-    """The same for q, k, a (B, L, H, N), v (B, L, H, P), in O(L) and matrix products.
+    """channel_step for q, k, a (B, L, H, N), v (B, L, H, P): O(L), in matrix products.
 
     M[i,j] = sum_n q_in k_jn e^(A_in - A_jn), A the running sum of a. As (q_i e^(A_i)) . (k_j
     e^(-A_j)) it is a product of matrices, but e^(-A_j) overflows. With any t between j and i it is
@@ -78,28 +78,35 @@ def channel_chunked(q, k, v, a, initial_state=None, return_final_state=False, ch
           7   4 4 4 4 2 2 =
           8   4 4 4 4 2 2 1 =
     """
-    (B, L, H, P), N, given = v.shape, q.shape[-1], v.dtype
+    B, L, H, P = v.shape
+    dtype = v.dtype
     S = initial_state
     if S is None:
-        S = v.new_zeros(B, H, N, P, dtype=at_least_fp32(given))
+        S = v.new_zeros(B, H, q.shape[-1], P, dtype=at_least_fp32(dtype))
     a = floored(a, at_least_fp32(a.dtype))
     q, k, v, a = (wide_chunks(x, chunk) for x in (q, k, v, a))          # (B, C, H, Q, .)
-    y, half = (q * k).sum(-1, keepdim=True) * v, 1
+    # Inside chunks: the diagonal, then blocks of width 1, 2, 4, ...
+    y = (q * k).sum(-1, keepdim=True) * v                               # (B, C, H, Q, P)
+    half = 1
     while half < chunk:
         (_, q_r), (k_l, _), (v_l, _), (a_l, a_r) = (                    # (B, C, H, ., half, N or P)
             x.unflatten(-2, (-1, 2, half)).unbind(-3) for x in (q, k, v, a))
-        left = until_end(*running_sums(a_l, -2), -2).exp()
-        M = product(q_r * a_r.cumsum(-2).exp(), (k_l * left).mT)
-        y.unflatten(-2, (-1, 2, half)).select(-3, 1).add_(product(M, v_l))
+        decay_out = until_end(*running_sums(a_l, -2), -2).exp()         # from j to the end of left
+        decay_in = a_r.cumsum(-2).exp()                                 # from there to i
+        M = product(q_r * decay_in, (k_l * decay_out).mT)               # (B, C, H, ., half, half)
+        right_half = y.unflatten(-2, (-1, 2, half)).select(-3, 1)       # a view of y
+        right_half.add_(product(M, v_l))
         half *= 2
-    left = until_end(*running_sums(a, -2), -2).exp()
-    writes = product((k * left).mT, v)                                  # (B, C, H, N, P)
-    fade, doors = a.sum(-2).exp()[..., None], []                        # (B, C, H, N, 1)
+    # Between chunks: the recurrence, over what each chunk writes.
+    decay_out = until_end(*running_sums(a, -2), -2).exp()
+    writes = product((k * decay_out).mT, v)                             # (B, C, H, N, P)
+    fade = a.sum(-2).exp()[..., None]                                   # (B, C, H, N, 1)
+    S_in = []                                                           # at each chunk's start
     for c in range(fade.shape[1]):
-        doors.append(S)
+        S_in.append(S)
         S = fade[:, c] * S + writes[:, c]
-    y = y + product(q * a.cumsum(-2).exp(), torch.stack(doors, 1))      # (B, C, H, Q, P)
-    y = y.transpose(2, 3).flatten(1, 2)[:, :L].to(given)
+    y = y + product(q * a.cumsum(-2).exp(), torch.stack(S_in, 1))       # (B, C, H, Q, P)
+    y = y.transpose(2, 3).flatten(1, 2)[:, :L].to(dtype)                # (B, L, H, P)
     return (y, S) if return_final_state else y
 
 
@@ -112,9 +119,9 @@ def wide_chunks(x, Q):
 def delta_step(q, k, v, a, b, S):
     """S_t = e^(a_t) (I - b_t k_t k_t^T) S_(t-1) + b_t k_t v_t^T      y_t = q_t S_t
 
-    What k_t finds in S is replaced, by the share b, with v_t. So it is ssd's S_t = e^(a_t) S_(t-1)
-    + k_t u_t^T with u_t = b_t (v_t - e^(a_t) k_t S_(t-1)).
-    q, k (B, H, N)   v (B, H, P)   a, b (B, H)   S (B, H, N, P)
+    A share b of what k_t finds in S is replaced with v_t. It is ssd's recurrence with u in v's
+    place: S_t = e^(a_t) S_(t-1) + k_t u_t^T, u_t = b_t (v_t - e^(a_t) k_t S_(t-1)).
+    q, k (B, H, N)   v (B, H, P)   a, b (B, H)   S (B, H, N, P)   -> y (B, H, P), the next S
     """
     found = product(k.to(S.dtype)[..., None, :], S)[..., 0, :]          # (B, H, P)
     u = b[..., None] * (v - a.exp()[..., None] * found)
@@ -122,31 +129,34 @@ def delta_step(q, k, v, a, b, S):
 
 
 def delta_rule(q, k, v, a, b, initial_state=None, return_final_state=False, chunk=32):
-    """The same for q, k (B, L, H, N), v (B, L, H, P), a, b (B, L, H): u by chunks, then ssd.
+    """delta_step for q, k (B, L, H, N), v (B, L, H, P), a, b (B, L, H): u by chunks, then ssd.
 
-    In a chunk with S at its door, u_i = b_i (v_i - e^(A_i) k_i S) - sum_(j<i) M[i,j] u_j, where
-    M[i,j] = b_i (k_i . k_j) e^(A_i - A_j): a triangular system, whose answer is u = U - K S.
+    In a chunk that starts with state S, u_i = b_i (v_i - e^(A_i) k_i S) - sum_(j<i) M[i,j] u_j with
+    M[i,j] = b_i (k_i . k_j) e^(A_i - A_j): a triangular system. Its solution is u = U - K S.
     """
-    (B, L, H, P), N = v.shape, q.shape[-1]
+    B, L, H, P = v.shape
+    N = q.shape[-1]
     S = initial_state
     if S is None:
         S = v.new_zeros(B, H, N, P, dtype=at_least_fp32(v.dtype))
     a = floored(a, at_least_fp32(a.dtype))
     k_c, v_c, a_c, b_c = (wide_chunks(x, chunk) for x in (k, v, a, b))  # (B, C, H, Q, .)
-    since, left, fade = chunk_decays(a_c, a_c.dtype)
-    b_c, door = b_c[..., None], S
+    b_c = b_c[..., None]                                                # (B, C, H, Q, 1)
+    decay_in, decay_out, fade = chunk_decays(a_c, a_c.dtype)
     M = (b_c * product(k_c, k_c.mT) * decay_matrix(a_c)).tril(-1)       # (B, C, H, Q, Q)
-    U, K = Solution.apply(M, b_c * torch.cat([v_c, since * k_c], -1)).split([P, N], dim=-1)
-    writing, u = (k_c * left).mT, []                                    # (B, C, H, N, Q)
+    U, K = Solution.apply(M, b_c * torch.cat([v_c, decay_in * k_c], -1)).split([P, N], dim=-1)
+    keys = (k_c * decay_out).mT                                         # (B, C, H, N, Q)
+    S_in = S                                                            # at the chunk's start
+    u = []
     for c in range(fade.shape[1]):
-        u.append(U[:, c] - product(K[:, c], door))                      # (B, H, Q, P)
-        door = fade[:, c, :, None, None] * door + product(writing[:, c], u[-1])
+        u.append(U[:, c] - product(K[:, c], S_in))                      # (B, H, Q, P)
+        S_in = fade[:, c, :, None, None] * S_in + product(keys[:, c], u[-1])
     u = torch.stack(u, 1).transpose(2, 3).flatten(1, 2)[:, :L]          # (B, L, H, P)
     return ssd(q, k, u.to(v.dtype), a, S, None, return_final_state)
 
 
 class Solution(torch.autograd.Function):
-    """x of (1 + M) x = y, M strictly lower triangular, in their dtype: see Product."""
+    """The x of (1 + M) x = y, M strictly lower triangular. Autocast does not round it."""
 
     @staticmethod
     @outside_autocast
@@ -169,26 +179,51 @@ class Solution(torch.autograd.Function):
 class Mixer(Mamba2):
     """Mamba-2's projections, convolution, skip and gate around another operator.
 
-    operands = what the operator takes: q, k, v and gates, in the operator's order
+    A mixer sets key (the name of the second part of in_proj) and gate_rows (how many rows its
+    gates have), and turns q, k, v and the gates' rows into what its operator takes: operands().
     """
-    operator, operator_step = staticmethod(ssd), staticmethod(ssd_step)
+    key = "k"
+    operator = staticmethod(ssd)
+    operator_step = staticmethod(ssd_step)
+
+    def __init__(self, config):
+        nn.Module.__init__(self)        # not Mamba2's: these are its lines, with other gates
+        self.config = config
+        qk = config.n_qk_head * config.d_state
+        self.parts = {"v": config.d_inner, self.key: qk, "q": qk, "z": config.d_inner,
+                      "a": self.gate_rows(config)}
+        channels = config.d_inner + 2 * qk
+        self.in_proj = nn.Linear(config.d_model, sum(self.parts.values()), bias=False)
+        self.z_bias = nn.Parameter(torch.zeros(config.d_inner))
+        self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels)
+        self.D = nn.Parameter(torch.ones(config.n_head))
+        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
+
+    @staticmethod
+    def gate_rows(config):
+        return config.n_head                        # one gate per head
 
     def project(self, h, conv_state=None):
-        """h (B, L, D) -> q, k, v and the gates as they come out of in_proj, z, the conv's input"""
+        """h (B, L, D) -> the operands, the gate z and the convolution's input, as Mamba2.project"""
         c = self.config
-        vkq, z, gates = self.in_proj(h).split(
+        vkq, z, gates = self.in_proj(h).split(                                  # (B, L, C), ...
             [self.conv1d.in_channels, self.parts["z"], self.parts["a"]], -1)
         mixed = causal_conv(vkq, self.conv1d.weight, self.conv1d.bias, conv_state)
-        v, k, q = mixed.split([self.parts["v"], self.parts["k"], self.parts["q"]], -1)
-        q, k = (x.unflatten(-1, (c.n_qk_head, c.d_state)) for x in (q, k))      # (B, L, G, N)
+        v, k, q = mixed.split([self.parts["v"], self.parts[self.key], self.parts["q"]], -1)
+        q = q.unflatten(-1, (c.n_qk_head, c.d_state))                           # (B, L, G, N)
+        k = k.unflatten(-1, (c.n_qk_head, c.d_state))                           # (B, L, G, N)
         v = v.unflatten(-1, (c.n_head, c.head_dim))                             # (B, L, H, P)
         return *self.operands(q, k, v, gates), z, vkq
 
     def operands(self, q, k, v, gates):
+        """-> q, k, v and any number of gates (B, L, H, ...), in the order the operator takes them
+
+        gates (B, L, gate_rows): linear in h, with no activation yet
+        """
         raise NotImplementedError
 
     def forward(self, h, state=None, mask=None):
-        """h (B, L, D) -> (B, L, D), next state: as Mamba2.forward, with any number of operands"""
+        """h (B, L, D) -> (B, L, D), next state: as Mamba2.forward, with any number of gates"""
         conv_state, *S = state if state is not None else (None,)
         q, k, v, *gates, z, vkq = self.project(h, conv_state)
         if mask is not None:                        # padding writes nothing and forgets nothing
@@ -200,7 +235,7 @@ class Mixer(Mamba2):
         return self.out_proj(y), next_state
 
     def mix(self, operands, S=None):
-        """What the operator takes, after the state S -> y (B, L, H, P), the next state, if any"""
+        """The operator on its operands, from the state S -> y (B, L, H, P), next state or None"""
         if S is None:
             return self.operator(*operands), None
         if operands[0].shape[1] == 1:
@@ -209,8 +244,10 @@ class Mixer(Mamba2):
         return self.operator(*operands, initial_state=S, return_final_state=True)
 
     def matrix(self, h):
-        """What the operator makes of the identity: for mixers whose matrix is more than q k^T and a
-        decay. In stage 1 some maps (B, H, L, L) of a layer exist at once."""
+        """h (B, L, D) -> (B, H, L, L), column by column: y for v = the identity is M
+
+        For operators whose M has no closed form. Stage 1 then keeps several (L, L) maps per head.
+        """
         q, k, v, *gates, _, _ = self.project(h)
         L, H = v.shape[1:3]
         identity = torch.eye(L, dtype=v.dtype, device=v.device)[:, None].expand(len(v), L, H, L)
@@ -218,6 +255,7 @@ class Mixer(Mamba2):
         return M + torch.diag_embed(self.D[:, None].expand(H, L))
 
     def orientation(self, h, q_t, k_t, scale, window=None):
+        """Stage 1's loss, as Mamba2.orientation, but with the matrices in memory"""
         return distance_in_full(q_t, k_t, scale, self.matrix(h), window)
 
 
@@ -230,16 +268,18 @@ class RetNet(Mixer):
 
     def operands(self, q, k, v, _):
         h = torch.arange(v.shape[2], device=v.device, dtype=at_least_fp32(v.dtype))
-        return q, k, v, torch.log1p(-(2 ** (-5 - h))).expand(v.shape[:3])           # (B, L, H)
+        return q, k, v, torch.log1p(-(2 ** (-5 - h))).expand(v.shape[:3])       # (B, L, H)
 
-    matrix, orientation = Mamba2.matrix, Mamba2.orientation             # q k^T and a decay
+    # M is q k^T with a decay, as Mamba-2's, so stage 1 needs no (L, L) map.
+    matrix = Mamba2.matrix
+    orientation = Mamba2.orientation
 
 
 class Linear(Mixer):
     """Normalised linear attention [5], phi = elu + 1:  y_t = phi(q_t) S_t / (phi(q_t) n_t)
 
-    n, the sum of phi(k), is the last column of S, for v has a column of ones. On a GPU this one
-    column more than the Triton kernel takes means the chunked form.
+    n, the sum of phi(k), is the last column of S, because v gets a column of ones. With it, v has
+    a width the Triton kernel lacks, so that a GPU runs the chunked form.
     """
 
     @staticmethod
@@ -264,9 +304,10 @@ class MLSTM(Linear):
 
     S_t = sigmoid(f_t) S_(t-1) + e^(i_t) k_t v_t^T     y_t = q_t S_t / max(|q_t n_t|, 1)
 
-    What is kept is e^(-m_t) S_t, where m_t = max(log sigmoid(f_t) + m_(t-1), i_t, 0): no exponent
-    is above 0, and nothing overflows. y is the same for any m, so m needs no gradient. q n is a sum
-    of both signs: its rounding errors in bf16 would be as large as itself, so this is all in fp32.
+    The state is stored as e^(-m_t) S_t, where m_t = max(log sigmoid(f_t) + m_(t-1), i_t, 0): no
+    exponent is above 0, so nothing overflows. y is the same for any m, so m needs no gradient.
+    Everything is in fp32, because q n is a sum with both signs: in bf16 its rounding errors would
+    be as large as the sum.
     """
 
     @staticmethod
@@ -274,21 +315,21 @@ class MLSTM(Linear):
         return 2 * config.n_head
 
     def operands(self, q, k, v, gates):
-        i, f = gates.to(at_least_fp32(gates.dtype)).chunk(2, dim=-1)
-        q, k = (per_head(x, v.shape[2]) for x in (q, k))
-        return q, k, v, F.logsigmoid(f), i
+        i, f = gates.to(at_least_fp32(gates.dtype)).chunk(2, dim=-1)            # (B, L, H) each
+        return per_head(q, v.shape[2]), per_head(k, v.shape[2]), v, F.logsigmoid(f), i
 
     def mix(self, operands, S=None, m=None):
         q, k, v, f, i = operands
-        f = f.clamp_min(-1e6)           # forgets all beside any i, and its running sum is finite
-        with torch.no_grad():                       # m_t - f_1 .. - f_t is a running maximum
-            kept = F.pad(f.double().cumsum(1), (0, 0, 1, 0))                    # (B, 1 + L, H)
-            before = torch.zeros_like(kept[:, :1]) if m is None else m[:, None]
-            m = kept + torch.cat([before, i.clamp_min(0) - kept[:, 1:]], 1).cummax(1).values
-            fall = torch.minimum(m[:, :-1] - m[:, 1:], -f)      # no rounding brings a above 0
+        f = f.clamp_min(-1e6)           # forgets everything, and its running sum is still finite
+        with torch.no_grad():           # F_t = f_1 + ... + f_t, and m_t - F_t is a running maximum
+            sums = F.pad(f.double().cumsum(1), (0, 0, 1, 0))                    # (B, 1 + L, H)
+            before = torch.zeros_like(sums[:, :1]) if m is None else m[:, None]
+            m = sums + torch.cat([before, i.clamp_min(0) - sums[:, 1:]], 1).cummax(1).values
+            fall = torch.minimum(m[:, :-1] - m[:, 1:], -f)      # rounding must not bring a above 0
             m = m[:, 1:].to(f.dtype)
-        q, k, values = (x.to(f.dtype) for x in (q, k, F.pad(v, (0, 1), value=1.0)))
-        k = k * (i - m).exp()[..., None]
+        values = F.pad(v, (0, 1), value=1.0).to(f.dtype)                        # (B, L, H, P + 1)
+        q = q.to(f.dtype)
+        k = k.to(f.dtype) * (i - m).exp()[..., None]
         y, S = Mixer.mix(self, (q, k, values, f + fall.to(f.dtype)), S)
         y = y[..., :-1] / torch.maximum(y[..., -1:].abs(), (-m).exp()[..., None])
         return y.to(v.dtype), S, m[:, -1]
@@ -299,16 +340,14 @@ class MLSTM(Linear):
 
 
 class MetaLA(Mixer):
-    """MetaLA [7]: each channel of k forgets at a rate of its own, and writes what it forgets.
+    """MetaLA [7]: each channel forgets at a rate of its own, and writes as much as it forgets.
 
-    S_t = diag(e^(a_t)) S_(t-1) + (1 - e^(a_t)) v_t^T, where a, the log of a sigmoid over 16, has
-    k's place in in_proj.
+    S_t = diag(e^(a_t)) S_(t-1) + (1 - e^(a_t)) v_t^T, where a = logsigmoid(gate) / 16. It has no
+    key: the gate is in k's place in in_proj, and --init qkv finds no part "k" to copy into.
     """
-    operator, operator_step = staticmethod(channel_chunked), staticmethod(channel_step)
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.copied_parts = ("v", "q")              # it has no key: its gate is in k's place
+    key = "gate"
+    operator = staticmethod(channel_chunked)
+    operator_step = staticmethod(channel_step)
 
     @staticmethod
     def gate_rows(config):
@@ -316,19 +355,21 @@ class MetaLA(Mixer):
 
     def operands(self, q, gate, v, _):
         a = F.logsigmoid(gate.to(at_least_fp32(gate.dtype))) / 16
-        q, a = (per_head(x, v.shape[2]) for x in (q, a))                            # (B, L, H, N)
+        q = per_head(q, v.shape[2])                                             # (B, L, H, N)
+        a = per_head(a, v.shape[2])                                             # (B, L, H, N)
         return q, -torch.expm1(a), v, a
 
 
 class GLA(MetaLA):
-    """Gated linear attention [8]: the same with a k of its own, and the gate of low rank."""
+    """Gated linear attention [8]: MetaLA's decay with a key beside it, and a gate of rank 16."""
+    key = "k"
+
     @staticmethod
     def gate_rows(config):
         return 16
 
     def __init__(self, config):
         super().__init__(config)
-        self.copied_parts = ("v", "k", "q")
         self.in_proj_gate = nn.Linear(16, config.n_qk_head * config.d_state)
 
     def reset_parameters(self):
@@ -336,20 +377,22 @@ class GLA(MetaLA):
         self.in_proj_gate.reset_parameters()
 
     def operands(self, q, k, v, gates):
-        gate = self.in_proj_gate(gates).unflatten(-1, k.shape[2:])                  # (B, L, G, N)
+        gate = self.in_proj_gate(gates).unflatten(-1, k.shape[2:])              # (B, L, G, N)
         q, _, v, a = super().operands(q, gate, v, None)
         return q, per_head(k, v.shape[2]), v, a
 
 
 class DeltaNet(Mixer):
-    """The delta rule [9]: what k finds in S is replaced with v, by the share b = sigmoid(gate).
+    """The delta rule [9]: a share b = sigmoid(gate) of what k finds in S is replaced with v.
 
     q and k have length 1. S_t = (I - b_t k_t k_t^T) S_(t-1) + b_t k_t v_t^T
     """
-    operator, operator_step = staticmethod(delta_rule), staticmethod(delta_step)
+    operator = staticmethod(delta_rule)
+    operator_step = staticmethod(delta_step)
 
     def operands(self, q, k, v, gate):
-        q, k = (F.normalize(per_head(x, v.shape[2]), dim=-1) for x in (q, k))
+        q = F.normalize(per_head(q, v.shape[2]), dim=-1)                        # (B, L, H, N)
+        k = F.normalize(per_head(k, v.shape[2]), dim=-1)                        # (B, L, H, N)
         b = gate.to(at_least_fp32(gate.dtype)).sigmoid()
         return q, k, v, torch.zeros_like(b), b
 

@@ -5,22 +5,22 @@ Run:  python distill.py --n_layer 2 --objective hs layer_map=uniform_last
       python -m extras.objectives                     # the study, three seeds
       python -m extras.objectives --seeds 0 --tokens 0.05e6 0.1e6
 
-A student of n layers starts as a copy of every so-manieth layer of its teacher, and this loss takes
-stage 2's place:
+A student of n layers starts as a copy of evenly spaced layers of its teacher. One of these losses
+takes stage 2's place:
 
     od       output distribution: stage 3's loss, from the start
-    hs       hidden states: each layer, from the tokens on, gives what its teacher layers give
-    mha      self-attention relations: in the last layer, q, k and v relate as the teacher's do
+    hs       hidden states: run on the tokens, each layer outputs what its teacher layers output
+    mha      self-attention relations: in the last layer, q q^T, k k^T, v v^T are the teacher's
     matrix   stage 1's mixing matrices
     next     the next token, with no teacher: the control (with --init scratch, nothing is copied)
 
-Two controls are commands of their own, at the tokens of a whole run:
+Two controls are commands of their own, with the tokens of all three stages:
 
     python distill.py --preset tiny --stage 3 --tokens 1.2e6 --lr 2.8e-3 --out out/alone
     python distill.py --preset tiny --stage 2 --objective next --init scratch --tokens 1.2e6 ...
 
-It is also an example of how to add a loss: write a generator of (loss, relative) and give it a row
-in OBJECTIVES. What a loss does not reach must be frozen, or DDP waits for its gradient.
+This file is also an example of how to add a loss: write a generator of (loss, relative) and give it
+a row in OBJECTIVES. Freeze what the loss does not reach, or DDP waits for its gradient.
 
 [1] How to distill your Transformer, arXiv 2310.08797    [2] MiniLMv2, arXiv 2012.15828
 """
@@ -35,14 +35,14 @@ from torch.utils.checkpoint import checkpoint
 from model_ssm import UsageError
 from ssd_kernel import per_head
 
-RELATIONS_AT_ONCE = 256     # rows of a (L, L) map that `relations` makes at once
+RELATIONS_AT_ONCE = 256     # rows of an (L, L) map in memory at once, in `relations`
 
 
 # -----------------------------------------------------------------------------
 # fewer layers
 
 def teacher_layers(n, depth):
-    """Which of a teacher's `depth` layers a student of n layers learns from, the last among them.
+    """The layers of a `depth`-layer teacher that a student of n layers learns from, evenly spaced.
 
     >>> teacher_layers(2, 4), teacher_layers(3, 3)
     ([1, 3], [0, 1, 2])
@@ -59,26 +59,27 @@ class Shallow:
     """
 
     def __init__(self, deep, n_layer):
-        self.deep, self.sources = deep, teacher_layers(n_layer, len(deep.layers))
+        self.deep = deep
+        self.sources = teacher_layers(n_layer, len(deep.layers))
         self.layers = [deep.layers[i] for i in self.sources]
-        windows = deep.shapes["window_layers"]
-        self.shapes = deep.shapes | {"n_layer": n_layer, "window_layers": tuple(
-            i for i, layer in enumerate(self.sources) if layer in windows)}
+        window_layers = tuple(i for i, source in enumerate(self.sources)
+                              if source in deep.shapes["window_layers"])
+        self.shapes = deep.shapes | {"n_layer": n_layer, "window_layers": window_layers}
 
     def __getattr__(self, name):
         return getattr(self.deep, name)
 
     def weights(self):
-        """Of the teacher's weights, those of its chosen layers and those of no layer"""
-        weights = {}
+        """The weights of the chosen layers, under their numbers here, and those outside layers"""
+        chosen = {}
         for name, w in self.deep.weights().items():
             parts = name.split(".")                     # backbone.layers.3.mixer...
             if parts[1] == "layers":
                 if int(parts[2]) not in self.sources:
                     continue
                 parts[2] = str(self.sources.index(int(parts[2])))
-            weights[".".join(parts)] = w
-        return weights
+            chosen[".".join(parts)] = w
+        return chosen
 
     def inputs(self, tokens, only=None):
         only = range(len(self.layers)) if only is None else only
@@ -103,7 +104,7 @@ class Shallow:
 # hs: hidden states
 
 def last(S, T):
-    """The last layer only. All maps are from S student layers to T teacher layers: (i, t) pairs."""
+    """The last layer learns from the last. A map pairs S student layers with T teacher layers."""
     return [(S - 1, T - 1)]
 
 
@@ -115,20 +116,22 @@ def uniform(S, T):
 def uniform_consecutive(S, T):
     """Layer i learns from k = ceil(T / S) consecutive layers; neighbours share one.
 
-    Where that uses the teacher up early, the remaining layers learn from its last.
+    Where they reach the teacher's end early, the remaining layers learn from its last.
 
     >>> uniform_consecutive(2, 4)
     [(0, 0), (0, 1), (1, 1), (1, 2), (1, 3)]
     """
-    k, pairs = math.ceil(T / S), []
+    k = math.ceil(T / S)
+    pairs = []
     for i in range(S):
-        first, end = max(0, min(k * i, T) - 1), min(k * (i + 1), T)
+        first = max(0, min(k * i, T) - 1)
+        end = min(k * (i + 1), T)
         pairs += [(i, t) for t in range(first, end)]
     return pairs
 
 
 def uniform_last(S, T):
-    """uniform, and each layer also learns from one of the teacher's last S."""
+    """As uniform, and layer i also learns from layer i of the teacher's last S."""
     return uniform(S, T) + [(i, T - S + i) for i in range(S)]
 
 
@@ -137,21 +140,23 @@ LAYER_MAPS = {f.__name__: f for f in (last, uniform, uniform_consecutive, unifor
 
 def hidden_states(student, teacher, tokens, layer_map="uniform"):
     """hidden states: from the tokens on, each layer gives what its layers of the teacher give"""
-    outputs, outputs_t = student.outputs(tokens), all_outputs(teacher, tokens)  # (B, L, D) each
+    outputs = student.outputs(tokens)                                   # S times (B, L, D)
+    outputs_t = all_outputs(teacher, tokens)                            # T times (B, L, D)
     pairs = LAYER_MAPS[layer_map](len(outputs), len(outputs_t))
     distance = sum((outputs[i] - outputs_t[t]).float().square().mean() for i, t in pairs)
     size = sum(outputs_t[t].float().square().mean() for _, t in pairs)
-    distance, size = distance / len(pairs), size / len(pairs)
-    yield distance, distance.detach() / size
+    distance = distance / len(pairs)
+    yield distance, distance.detach() / (size / len(pairs))
 
 
 def check_layer_map(config, hf, layer_map="uniform"):
+    """UsageError for an unknown layer_map"""
     if layer_map not in LAYER_MAPS:
         raise UsageError(f"layer_map={layer_map}: choose among {', '.join(LAYER_MAPS)}")
 
 
 def all_outputs(teacher, tokens):
-    """What each of the teacher's layers gives, those too that a shallower student skips"""
+    """The outputs of all of the teacher's layers, also of those that a shallower student skips"""
     return getattr(teacher, "deep", teacher).outputs(tokens)
 
 
@@ -161,19 +166,22 @@ def all_outputs(teacher, tokens):
 def relations(student, teacher, tokens, relation_layer=None, relation_heads=None):
     """self-attention relations: in the last layer q, and k, and v, relate as the teacher's do"""
     layer = relation_layer_of(len(teacher.decoder.layers), relation_layer)
-    total = uniform_total = 0
-    for x, x_t in zip(student_heads(student, tokens), teacher_heads(teacher, layer, tokens),
-                      strict=True):
+    qkv = student_heads(student, tokens)
+    qkv_t = teacher_heads(teacher, layer, tokens)
+    total = 0
+    uniform_total = 0
+    for x, x_t in zip(qkv, qkv_t, strict=True):
         A = int(relation_heads or x_t.shape[-1] // 16)
         for start in range(1, tokens.shape[1], RELATIONS_AT_ONCE):      # row 0 sees only itself
             kl, kl_uniform = checkpoint(relation_sums, x, x_t, A, start, use_reentrant=False)
-            total, uniform_total = total + kl / A, uniform_total + kl_uniform / A
+            total = total + kl / A
+            uniform_total = uniform_total + kl_uniform / A
     rows = 3 * len(tokens) * (tokens.shape[1] - 1)
     yield total / rows, total.detach() / uniform_total
 
 
 def relation_layer_of(n_layer, relation_layer):
-    """Of a teacher of n_layer layers the one to learn from: the last but one, if none is given"""
+    """The layer of an n_layer-layer teacher to learn from: the last but one, if none is given"""
     return max(0, n_layer - 2) if relation_layer is None else int(relation_layer)
 
 
@@ -195,11 +203,15 @@ def check_relations(config, hf, relation_layer=None, relation_heads=None):
 
 
 def relation_sums(x, x_t, heads, start):
-    """x, x_t (B, L, C) -> two sums over the rows from `start` on: KL(R of x_t || R of x) and
-    KL(R of x_t || uniform), where R = softmax(x x^T / sqrt(C / heads)), causal, in parts of C"""
-    rows, log_R = slice(start, start + RELATIONS_AT_ONCE), []
+    """x, x_t (B, L, C) -> KL(R_t || R) and KL(R_t || uniform), summed over rows from `start` on
+
+    C is split into A = `heads` parts. In each, R = softmax(x x^T / sqrt(C / A)), causal, is the
+    relation of every position with those before it, and R_t the same of x_t [2].
+    """
+    rows = slice(start, start + RELATIONS_AT_ONCE)
     position = torch.arange(x_t.shape[1], device=x.device)
     future = position > position[rows, None]                                # (rows, L)
+    log_R = []
     with torch.autocast(x.device.type, enabled=False):      # logs in bf16 are off by percents
         for y in (x, x_t):
             y = y.float().unflatten(-1, (heads, -1)).transpose(1, 2)        # (B, A, L, C / A)
@@ -208,21 +220,22 @@ def relation_sums(x, x_t, heads, start):
     p = log_R[1].exp()
     # In the future p is 0 and its log is not finite: 0 log 0 = 0.
     log_q, log_p = (log.masked_fill(future, 0) for log in log_R)
-    log_uniform = -(~future).sum(-1, keepdim=True).log()
+    log_uniform = -(~future).sum(-1, keepdim=True).log()                    # (rows, 1)
     return (p * (log_p - log_q)).sum(), (p * (log_p - log_uniform)).sum()
 
 
 def student_heads(student, tokens):
-    """tokens (B, L) -> q, k, v that the last layer's mixer mixes: 3 times (B, L, .)"""
-    u = student.backbone["embedding"](tokens)
+    """tokens (B, L) -> q, k, v in the last layer's mixer: 3 times (B, L, .)"""
+    u = student.backbone["embedding"](tokens)                               # (B, L, D)
     for layer in student.layers[:-1]:
         u = student.run_layer(layer, u)[0]
     return student.layers[-1].call(layer_heads, u)
 
 
 def layer_heads(layer, u):
+    """u (B, L, D) -> q, k, v of the layer's mixer, with all heads side by side"""
     q, k, v = layer.mixer.project(layer.input_layernorm(u))[:3]
-    # Attention scales scores by 1 / sqrt(N); this mixer has that factor in its q.
+    # The student's q includes attention's factor 1 / sqrt(N); the teacher's does not.
     return [x.flatten(2) for x in (q * q.shape[-1] ** 0.5, k, v)]
 
 
@@ -230,11 +243,12 @@ def layer_heads(layer, u):
 def teacher_heads(teacher, i, tokens):
     """tokens (B, L) -> q, k, v of layer i before the rotary embedding: 3 times (B, L, H P)
 
-    Keys and values of grouped-query teachers once for each query head.
+    A k/v head that serves several query heads is repeated for each.
     """
     deep = getattr(teacher, "deep", teacher)
     (_, u), = deep.inputs(tokens, only=[i])
-    attention, h = deep.layers[i].self_attn, deep.layers[i].input_layernorm(u)
+    attention = deep.layers[i].self_attn
+    h = deep.layers[i].input_layernorm(u)                                   # (B, L, D)
     q, k, v = (projection(h).unflatten(-1, (-1, attention.head_dim))        # (B, L, H or G, P)
                for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
     return [per_head(x, q.shape[2]).flatten(2) for x in (q, k, v)]
@@ -253,7 +267,7 @@ def next_token(student, teacher, tokens):
 # -----------------------------------------------------------------------------
 # the table, and the study
 
-OBJECTIVES = {  # as STAGES in distill.py: loss, trained, frozen, what of in_proj is not reached
+OBJECTIVES = {  # rows as in distill.STAGES: loss, trained, frozen, in_proj's unreached parts
     "hs": (hidden_states, ("embedding", "layers")),
     "mha": (relations, ("embedding", "layers"),
             ("layers.LAST.mlp", "layers.LAST.post", "layers.LAST.mixer.out_proj",
@@ -265,8 +279,9 @@ CHECKS = {"hs": check_layer_map, "mha": check_relations}    # before anything is
 
 
 def objective_stage(words, stages):
-    """["hs", "layer_map=uniform", ...] -> the Stage that takes stage 2's place"""
-    (name, *options), known = words, ("od", "matrix", *OBJECTIVES)
+    """["hs", "layer_map=uniform", ...], distill.STAGES -> the Stage that takes stage 2's place"""
+    name, *options = words
+    known = ("od", "matrix", *OBJECTIVES)
     if name not in known:
         raise UsageError(f"--objective {name}: choose among {', '.join(known)}")
     stage = {"od": stages[3], "matrix": stages[1]}.get(name)
