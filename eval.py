@@ -1,24 +1,25 @@
-"""How close is the student to its teacher, how good, and how fast? Tables and samples.
+"""How close is the student to its teacher, how good is it, and how fast? Tables and samples.
 
-Run:  python eval.py out/tiny                          # the last stage of a run, in tables
-      python eval.py out/tiny --stage 1                # an earlier one
-      python eval.py out/tiny --prompt "class "        # both continue this, side by side
+Run:  python eval.py out/tiny                          # tables for the last stage of a run
+      python eval.py out/tiny --stage 1                # for an earlier stage
+      python eval.py out/tiny --prompt "class "        # both models continue this, side by side
       python eval.py out/tiny --speed                  # tokens/s and memory as the context grows
       python eval.py --speed --random microsoft/phi-1_5 --contexts 512     # no weights needed
       python eval.py goombalab/Phi-Mamba               # the published weights, or any model folder
 
-Three distances for each layer, as shares of the teacher's own answer (zeros would score 100%):
+Three distances for each layer, relative to what the teacher computes there (a student that outputs
+zeros is at 100%):
 
     matrix    given the teacher's input, || attention - M ||                what stage 1 minimises
     block     given the teacher's input, || its output - the student's ||   what stage 2 minimises
-    drift     each model by itself from the tokens on, || teacher's u - student's u ||,
-              errors of all layers before added up
+    drift     each model reads the tokens by itself, || teacher's u - student's u ||:
+              the errors of all layers below add up
 
 A state of constant size must forget. What is lost shows as the context grows, so there are tables
 by position, by the distance of a key to be found again, and by how long both write the same text.
 
-Benchmarks of lm-evaluation-harness are in extras/benchmarks.py, pictures in extras/pictures.py, a
-folder that transformers loads comes from extras/export.py.
+Benchmarks of lm-evaluation-harness are in extras/benchmarks.py, pictures in extras/pictures.py, and
+extras/export.py writes a folder that transformers loads.
 """
 import argparse
 import contextlib
@@ -40,170 +41,182 @@ import torch.nn.functional as F
 
 from model_ssm import SSM, UsageError, capture_graph
 from model_teacher import Teacher, hf_config
-from prepare import (
-    Parser,
-    Tokenizer,
-    at_least_one,
-    count,
-    open_data,
-    run_program,
-    source_of_text,
-)
+from prepare import Parser, Tokenizer, at_least_one, count, open_data, run_program, source_of_text
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. There and back again. "
+LOGITS_AT_ONCE = 2**23      # elements of a (tokens, V) map: 32 MB in fp32
 
 
 # -----------------------------------------------------------------------------
 # How close: predictions, and layer by layer. Windows are (n, L + 1) held-out tokens: the first L go
-# in, the last L are what comes next.
+# in, the last L are the tokens to predict.
 
 @torch.no_grad()
 def compare(model, teacher, windows):
-    """How close `model` is to `teacher` on windows (n, L + 1), in nats a token and shares.
+    """How close `model` is to `teacher`, as means over the tokens of windows (n, L + 1)
 
-    -> {"loss": -log p(next token), "kl": KL(teacher || model),
-        "top1": how often both would choose the same token}
+    -> {"loss": -log p(next token), in nats
+        "kl":   KL(teacher || model), in nats
+        "top1": the share of positions where both find the same token likeliest}
     """
-    total = torch.zeros(3, dtype=torch.float64)
-    device, L = next(teacher.model.parameters()).device, windows.shape[1] - 1
-    at_once = max(1, 2**23 // (L * teacher.config.vocab_size))          # (B, L, V) maps of 32 MB
-    for tokens in windows.split(at_once):
-        tokens = tokens.to(device)
-        log_p = log_q = log_probabilities(model, tokens[:, :-1])        # (B L, V)
+    device = next(teacher.model.parameters()).device
+    L = windows.shape[1] - 1
+    B = max(1, LOGITS_AT_ONCE // (L * teacher.config.vocab_size))
+    total = torch.zeros(3, dtype=torch.float64)                         # loss, KL, top-1
+    for tokens in windows.split(B):
+        tokens = tokens.to(device)                                      # (B, L + 1)
+        target = tokens[:, 1:].flatten()                                # (B L)
+        logp = teacher_logp = log_probabilities(model, tokens[:, :-1])  # (B L, V)
         if model is not teacher:
-            log_p = log_probabilities(teacher, tokens[:, :-1])
-        total += torch.stack([F.nll_loss(log_q, tokens[:, 1:].flatten(), reduction="sum"),
-                              F.kl_div(log_q, log_p, reduction="sum", log_target=True),
-                              (log_q.argmax(-1) == log_p.argmax(-1)).sum()]).double().cpu()
+            teacher_logp = log_probabilities(teacher, tokens[:, :-1])   # (B L, V)
+        total += torch.stack([F.nll_loss(logp, target, reduction="sum"),
+                              F.kl_div(logp, teacher_logp, reduction="sum", log_target=True),
+                              (logp.argmax(-1) == teacher_logp.argmax(-1)).sum()]).double().cpu()
     loss, kl, top1 = (total / windows[:, 1:].numel()).tolist()
     return {"loss": loss, "kl": kl, "top1": top1}
 
 
 def log_probabilities(model, tokens):
-    """tokens (B, L) -> (B L, V)"""
+    """tokens (B, L) -> (B L, V), in fp32: bf16 has too few bits for a small KL"""
     return model.logits(tokens).float().log_softmax(-1).flatten(0, 1)
 
 
 @torch.no_grad()
 def layer_distances(student, teacher, tokens):
-    """tokens (B, L) -> one dict per layer: matrix, block and drift, as shares.
+    """tokens (B, L) -> one dict per layer: matrix, block and drift, relative to the teacher's.
 
-    matrix and block are None where the layer keeps attention.
+    matrix and block are None where the student has the teacher's attention: nothing to compare.
     """
     rows = []
-    outputs, outputs_t = student.outputs(tokens), teacher.outputs(tokens)       # (B, L, D) each
-    for i, u in teacher.inputs(tokens):
+    outputs = student.outputs(tokens)                                   # (B, L, D) of each layer
+    teacher_outputs = teacher.outputs(tokens)
+    for i, u in teacher.inputs(tokens):                                 # u (B, L, D)
         row = {"matrix": None, "block": None}
         if i in student.ssm_layers:
             distance, size = student.orientation(i, u, *teacher.factors(i, u))
             row["matrix"] = (distance / size).item()
-            target = teacher.block(i, u)
-            row["block"] = share(student.block(i, u) - target, target - u)
-        row["drift"] = share(outputs[i] - outputs_t[i], outputs_t[i])
+            y = teacher.block(i, u)                                     # (B, L, D)
+            # A block adds to its input: a student of zeros returns u, and is y - u away.
+            row["block"] = relative(student.block(i, u) - y, y - u)
+        row["drift"] = relative(outputs[i] - teacher_outputs[i], teacher_outputs[i])
         rows.append(row)
     return rows
 
 
-def share(distance, size):
-    """x, y (B, L, D) -> the mean length of x as a share of that of y"""
-    return (distance.float().norm(dim=-1).mean() / size.float().norm(dim=-1).mean()).item()
+def relative(error, signal):
+    """error, signal (B, L, D) -> the mean length of error over the mean length of signal"""
+    return (error.float().norm(dim=-1).mean() / signal.float().norm(dim=-1).mean()).item()
 
 
 @torch.no_grad()
 def by_position(student, teacher, windows):
-    """windows (n, L + 1) of tokens -> (4, n, L), for each prediction:
+    """Four numbers for each prediction: windows (n, L + 1) of tokens -> (4, n, L)
 
-    the teacher's loss, the student's, KL(teacher || student), in nats; whether both would choose
-    the same token, 0 or 1
+    the teacher's loss, the student's loss, KL(teacher || student), all three in nats; then 1 where
+    both models find the same token likeliest, else 0
     """
-    rows, device = [], next(teacher.model.parameters()).device
-    L, at_once = windows.shape[1] - 1, max(1, 2**23 // teacher.config.vocab_size)
+    device = next(teacher.model.parameters()).device
+    L = windows.shape[1] - 1
+    T = max(1, LOGITS_AT_ONCE // teacher.config.vocab_size)             # tokens through the head
+    scores = []
     for tokens in windows.to(device).split(max(1, 2**13 // L)):
-        h_t, h = (model.hidden(tokens[:, :-1]).flatten(0, 1) for model in (teacher, student))
-        parts = []
-        for part in zip(h_t.split(at_once), h.split(at_once),
-                        tokens[:, 1:].flatten().split(at_once), strict=True):
-            parts.append(scores_of(teacher, student, *part))            # (4, at_once)
-        rows.append(torch.cat(parts, 1).view(4, -1, L).cpu())
-    return torch.cat(rows, 1)
+        teacher_h = teacher.hidden(tokens[:, :-1]).flatten(0, 1)        # (B L, D)
+        h = student.hidden(tokens[:, :-1]).flatten(0, 1)                # (B L, D)
+        target = tokens[:, 1:].flatten()                                # (B L)
+        parts = zip(teacher_h.split(T), h.split(T), target.split(T), strict=True)
+        columns = [score_predictions(teacher, student, *part) for part in parts]    # (4, T) each
+        scores.append(torch.cat(columns, 1).view(4, -1, L).cpu())       # (4, B, L)
+    return torch.cat(scores, 1)                                         # (4, n, L)
 
 
-def scores_of(teacher, student, h_t, h, next_token):
-    """Final hidden states (n, D) of both, next tokens (n) -> (4, n), as by_position has them"""
-    log_p = teacher.head(h_t).float().log_softmax(-1)                   # (n, V)
-    log_q = student.head(h).float().log_softmax(-1)
-    loss_t, loss = (-x.gather(-1, next_token[:, None])[:, 0] for x in (log_p, log_q))
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    same = (log_p.argmax(-1) == log_q.argmax(-1)).float()
-    return torch.stack([loss_t, loss, kl, same])
+def score_predictions(teacher, student, teacher_h, h, target):
+    """Final hidden states (T, D) of both models, next tokens (T) -> (4, T), as by_position says"""
+    teacher_logp = teacher.head(teacher_h).float().log_softmax(-1)      # (T, V)
+    logp = student.head(h).float().log_softmax(-1)                      # (T, V)
+    teacher_loss = F.nll_loss(teacher_logp, target, reduction="none")   # (T)
+    loss = F.nll_loss(logp, target, reduction="none")                   # (T)
+    kl = (teacher_logp.exp() * (teacher_logp - logp)).sum(-1)           # (T)
+    same = (teacher_logp.argmax(-1) == logp.argmax(-1)).float()         # (T)
+    return torch.stack([teacher_loss, loss, kl, same])
 
 
 def sliding(text, context, stride):
-    """Pieces in which every token is predicted from all the text that fits. text (n, M + 1)
+    """Overlapping windows, so that each token is predicted from nearly a full context. text (n, M)
 
-    -> pieces (n m, context + 1), counted (n m, context): which predictions are new
+    -> windows (n m, context + 1), counted (n m, context): which predictions are new
 
         text   a b c d e f g h
-               # # # #              '#' is counted: all of the first piece, of others the last
-                   . . # #          `stride`, so that each token counts once and, '.', has at
-                       . . # #      least context - stride before it
+               # # # #              '#' is counted: all of the first window, the last `stride` of
+                   . . # #          the others. So each token counts once, and has at least
+                       . . # #      context - stride tokens before it (the '.').
     """
-    pieces = text.unfold(1, context + 1, stride)                        # (n, m, context + 1)
-    counted = torch.zeros(pieces[..., 1:].shape, dtype=torch.bool)
+    windows = text.unfold(1, context + 1, stride)                       # (n, m, context + 1)
+    counted = torch.zeros(windows[..., 1:].shape, dtype=torch.bool)     # (n, m, context)
     counted[:, 0] = True
     counted[..., -stride:] = True
-    return pieces.flatten(0, 1), counted.flatten(0, 1)
+    return windows.flatten(0, 1), counted.flatten(0, 1)
 
 
 # -----------------------------------------------------------------------------
-# How good: a key to be found again, and texts written by each model alone
+# How good: a key to be found again, and texts that each model writes by itself
 
 def pass_keys(tokenizer, distance, n, seed=0):
     """n texts that name a key of five digits and ask for it `distance` tokens later
 
     -> [(1-D tensor that ends with the key, how many tokens the digits are), ...]
     """
-    draw, texts = random.Random(seed), []
-    question, stop, space, filler = (tokenizer.encode(text) for text in
-                                     ("The pass key is", ". ", " ", FILLER))
+    question = tokenizer.encode("The pass key is")
+    stop = tokenizer.encode(". ")
+    space = tokenizer.encode(" ")
+    filler = tokenizer.encode(FILLER)
+    # `stop` and the question stand between the two keys as well: filler is what remains.
+    length = max(0, distance - len(stop) - len(question))
+    filler = filler * (length // len(filler) + 1)
+    filler = filler[len(filler) - length:]
+    draw = random.Random(seed)
+    texts = []
     for _ in range(n):
         key = tokenizer.encode(f" {draw.randrange(10**4, 10**5)}")
-        room = max(0, distance - len(stop) - len(question))
-        between = (filler * (room // len(filler) + 1))[-room:] if room else []
-        digits = len(key) - (key[:1] == space)          # a space that is a token of its own
-        text = question + key + stop + between + question + key
+        # A space that is a token of its own is no digit: every model would find it.
+        digits = len(key) - (key[:1] == space)
+        text = question + key + stop + filler + question + key
         texts.append((torch.tensor(text), digits))
     return texts
 
 
 @torch.no_grad()
 def retrieval(model, texts, device):
-    """texts as pass_keys gives them -> of the keys' tokens, the share that is the model's first
-    choice, and the (geometric) mean probability it gives them"""
-    right, log_p = [], []
+    """How well the keys at the end of pass_keys' texts are found -> (right, probability)
+
+    right: the share of the keys' tokens that are the model's first choice
+    probability: the geometric mean of what the model gives these tokens
+    """
+    right, target_logp = [], []
     for text, n in texts:
-        text = text.to(device)
-        log_q = model.head(model.hidden(text[None, :-1])[0, -n:]).float().log_softmax(-1)
-        right.append(log_q.argmax(-1) == text[-n:])
-        log_p.append(log_q.gather(-1, text[-n:, None]))
-    return torch.cat(right).float().mean().item(), torch.cat(log_p).mean().exp().item()
+        text = text.to(device)                                          # (L)
+        h = model.hidden(text[None, :-1])[0, -n:]                       # (n, D)
+        logp = model.head(h).float().log_softmax(-1)                    # (n, V)
+        right.append(logp.argmax(-1) == text[-n:])                      # (n)
+        target_logp.append(logp.gather(-1, text[-n:, None]))            # (n, 1)
+    return torch.cat(right).float().mean().item(), torch.cat(target_logp).mean().exp().item()
 
 
 def agreement(student, teacher, prompts, n):
-    """Both write n tokens by themselves, always the likeliest. prompts (B, L)
+    """Both models write n tokens by themselves, always the likeliest. prompts (B, L)
 
-    -> (B) how many tokens until they differ, (B) share of all places where they are equal
+    -> (B) how many tokens until they differ, (B) share of all positions where they are equal
     """
-    written, written_t = (model.generate(prompts, n)[:, -n:] for model in (student, teacher))
-    equal = (written == written_t).double().cpu()
-    return equal.cumprod(1).sum(1), equal.mean(1)
+    written = student.generate(prompts, n)[:, -n:]                      # (B, n)
+    teacher_written = teacher.generate(prompts, n)[:, -n:]              # (B, n)
+    equal = (written == teacher_written).double().cpu()                 # (B, n)
+    return equal.cumprod(1).sum(1), equal.mean(1)       # cumprod: 1 up to the first difference
 
 
 # -----------------------------------------------------------------------------
 # The tables
 
 def show(names, *rows):
-    """A table in Markdown: cells of text, each column as wide as its widest.
+    """Print a table in Markdown: cells of text, each column as wide as its widest cell.
 
     >>> show(["task", "acc"], ["piqa", "76.6"])
     <BLANKLINE>
@@ -220,63 +233,65 @@ def show(names, *rows):
     print("\n".join(["", lines[0], f"|{rule}|", *lines[1:]]))
 
 
-def show_tables(run, student):
-    """All of them, for a run and its student"""
-    windows = run.windows(run.context)
-    text = longest_windows(run)
-    show_predictions(run, student, windows)
-    show_layers(run, student, windows)
-    show_perplexity(run, student, text)
-    show_by_position(run, student, text)
-    show_retrieval(run, student)
-    show_agreement(run, student, text)
+def show_tables(run):
+    windows = run.windows(run.context)                                  # (n, context + 1)
+    text = longest_windows(run)                                         # (m, up to 4 context + 1)
+    show_predictions(run, windows)
+    show_layers(run, windows[:16, :-1].to(run.device))
+    show_perplexity(run, text)
+    show_by_position(run, text)
+    show_retrieval(run)
+    show_agreement(run, text[:16].to(run.device))
 
 
 def longest_windows(run):
-    """As far beyond the training length as the held-out text allows: 4, 2 or 1 times"""
+    """Windows as far beyond the training length as the held-out text allows: 4, 2 or 1 times"""
     for times in (4, 2):
-        with contextlib.suppress(UsageError):
+        with contextlib.suppress(UsageError):           # the text is too short
             return run.windows(times * run.context)
     return run.windows(run.context)
 
 
-def show_predictions(run, student, windows):
+def show_predictions(run, windows):
     print(f"\non {windows[:, 1:].numel():,} held-out tokens in windows of {run.context}, in fp32:")
     rows = []
-    for name, model in (("teacher", run.teacher), ("student", student)):
+    for name, model in run.models().items():
         x = compare(model, run.teacher, windows)
         rows.append([name, f"{x['loss']:.4f}", f"{math.exp(x['loss']):.2f}", f"{x['kl']:.4f}",
                      f"{x['top1']:.1%}"])
     show(["model", "val loss", "ppl", "KL", "top-1"], *rows)
 
 
-def show_layers(run, student, windows):
+def show_layers(run, tokens):
     rows = []
-    for i, row in enumerate(layer_distances(student, run.teacher,
-                                            windows[:16, :-1].to(run.device))):
+    for i, row in enumerate(layer_distances(run.student, run.teacher, tokens)):
         rows.append([str(i), *("kept" if x is None else f"{x:.1%}" for x in row.values())])
     show(["layer", "matrix", "block", "drift"], *rows)
 
 
-def show_perplexity(run, student, text):
+def show_perplexity(run, text):
+    """Per token as papers report it; per byte, since that compares models of other vocabularies"""
     stride = max(1, run.context // 2)
-    pieces, counted = sliding(text, run.context, stride)
-    losses = by_position(student, run.teacher, pieces)[:2, counted].double().sum(1).tolist()
-    n, n_bytes = int(counted.sum()), run.tokenizer.bytes_in(pieces[:, 1:][counted].tolist())
+    windows, counted = sliding(text, run.context, stride)
+    scores = by_position(run.student, run.teacher, windows)             # (4, n, L)
+    losses = scores[:2, counted].double().sum(1).tolist()               # nats: teacher, student
+    n = int(counted.sum())
+    n_bytes = run.tokenizer.bytes_in(windows[:, 1:][counted].tolist())
     print(f"\nperplexity, a window of {run.context} sliding by {stride}: {n:,} tokens, "
           f"{n_bytes:,} bytes of text:")
     rows = []
-    for name, nats in zip(("teacher", "student"), losses, strict=True):
+    for name, nats in zip(run.models(), losses, strict=True):
         rows.append([name, f"{math.exp(nats / n):.3f}", f"{math.exp(nats / n_bytes):.3f}",
                      f"{nats / n_bytes / math.log(2):.3f}"])
     show(["model", "of a token", "of a byte", "bits/byte"], *rows)
 
 
-def show_by_position(run, student, text):
+def show_by_position(run, text):
+    """Attention gains from every token more; a state that forgets stops gaining at some context."""
     print(f"\nby the tokens of context there are, in nats (training had up to {run.context}):")
-    scores, longest = by_position(student, run.teacher, text).double(), text.shape[1] - 1
-    edges = sorted({0, *fractions(run.context, 8, 4, 2, 1),
-                    *range(2 * run.context, longest + 1, 2 * run.context)})
+    scores = by_position(run.student, run.teacher, text).double()       # (4, n, L)
+    beyond = range(2 * run.context, text.shape[1], 2 * run.context)
+    edges = sorted({0, *run.lengths(), *beyond})
     rows = []
     for i, j in itertools.pairwise(edges):
         *losses, same = scores[:, :, i:j].mean((1, 2)).tolist()
@@ -284,96 +299,93 @@ def show_by_position(run, student, text):
     show(["context", "teacher loss", "student loss", "KL", "top-1"], *rows)
 
 
-def show_retrieval(run, student):
+def show_retrieval(run):
     print("\npass key: a number of five digits, filler, then the question; of its tokens, the "
           "share that\nis the first choice, and their mean probability (16 keys):")
     rows = []
-    for distance in sorted({*fractions(run.context, 8, 4, 2, 1), 2 * run.context, 4 * run.context}):
-        keys, cells = pass_keys(run.tokenizer, distance, 16), []
-        for model in (run.teacher, student):
+    for distance in (*run.lengths(), 2 * run.context, 4 * run.context):
+        keys = pass_keys(run.tokenizer, distance, 16)
+        cells = [f"{distance:,}"]
+        for model in run.models().values():
             cells += [f"{x:.1%}" for x in retrieval(model, keys, run.device)]
-        rows.append([f"{distance:,}", *cells])
+        rows.append(cells)
     show(["tokens ago", "teacher", "probability", "student", "probability"], *rows)
 
 
-def show_agreement(run, student, text):
-    n, prompts, rows = 64, text[:16].to(run.device), []
+def show_agreement(run, prompts):
+    n = 64
     print(f"\nafter each of {len(prompts)} prompts {n} tokens by each model alone, always the "
           "likeliest; how many\nuntil they differ, and the share of places where they are equal:")
-    for length in sorted(fractions(run.context, 8, 2, 1)):
-        until, equal = agreement(student, run.teacher, prompts[:, :length], n)
+    rows = []
+    for length in sorted({max(1, run.context // n) for n in (8, 2, 1)}):
+        until, equal = agreement(run.student, run.teacher, prompts[:, :length], n)      # (B) each
         rows.append([f"{length:,}", f"{until.mean():.1f}", f"{until.median():.0f}",
                      f"{equal.mean():.1%}"])
     show(["prompt", "mean", "median", "equal"], *rows)
 
 
-def fractions(context, *parts):
-    """
-    >>> sorted(fractions(256, 8, 2, 1))
-    [32, 128, 256]
-    """
-    return {max(1, context // n) for n in parts}
-
-
 # -----------------------------------------------------------------------------
 # How fast
 
-def memory(device, reset=False):
-    """The most bytes held since the last reset=True, which gives what is held now.
-
-    Of the GPU's allocator; else of this process, where Linux tells; else not a number.
-    """
+def peak_memory(device, reset=False):
+    """The most bytes in use since the last reset=True, which itself returns the bytes in use now:
+    of the GPU's allocator, else of this process; nan where the system does not say"""
     if device == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
     try:
-        if reset:                                       # what was freed does not count
+        if reset:
             gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_bytes(b"5")
+            ctypes.CDLL(None).malloc_trim(0)                    # glibc gives freed pages back
+            Path("/proc/self/clear_refs").write_bytes(b"5")     # Linux: VmHWM begins anew
         status = Path("/proc/self/status").read_bytes()
         return 1024 * int(re.search(rb"VmHWM:\s+(\d+)", status)[1])
     except (OSError, AttributeError, TypeError):
         return math.nan
 
 
-def timed(work, inputs, device, times):
-    """work(*inputs), whose seconds are added to the list `times`"""
+def timed(work, inputs, device, seconds):
+    """work(*inputs); its time is appended to the list `seconds`"""
     start = time.perf_counter()
     output = work(*inputs)
     if device == "cuda":
         torch.cuda.synchronize()
-    times.append(time.perf_counter() - start)
+    seconds.append(time.perf_counter() - start)
     return output
 
 
 @torch.no_grad()
 def pace(model, context, batch, device, steps=64):
-    """Read `batch` prompts of `context` random tokens, then write. -> a dict, medians:
+    """Read `batch` prompts of `context` random tokens, then write `steps` tokens each -> a dict
 
-    prefill, decode: tokens/s, of all prompts   ms: of one step   state: bytes, of all prompts
-    peak: bytes, weights included
+    prefill, decode: tokens/s over all prompts    ms: of one step    (medians)
+    state: bytes, over all prompts    peak: bytes, weights included
     """
-    tokens, token = torch.randint(model.config.vocab_size, (2, batch, context), device=device)
-    prefill, decode, state = [], [], None
-    before = memory(device, reset=True)
+    tokens = torch.randint(model.config.vocab_size, (2, batch, context), device=device)
+    prompts, token = tokens[0], tokens[1, :, 0]                 # (batch, context), (batch)
+    prefill, decode = [], []                                    # seconds
+    before = peak_memory(device, reset=True)
     while len(prefill) < 5 and sum(prefill) < 2:
-        state = None                                            # the last one makes room
-        state = timed(model.read, (tokens, steps + 8), device, prefill)[1]  # 8: for a capture
+        state = None        # the last one is freed before the next is made
+        # The cache needs room for the steps, and for those that warm up a capture.
+        _, state = timed(model.read, (prompts, steps + 8), device, prefill)
     state_bytes = sum(x.nbytes for layer in tensors_of(state) for x in layer)
-    step, token = single_step(model, state, token[:, 0], device), token[:, 0]
+    step = single_step(model, state, token, device)
     for _ in range(steps):
         timed(step, (token,), device, decode)
     module = model if isinstance(model, SSM) else model.model
-    peak = memory(device) - before + sum(x.nbytes for x in module.parameters())
-    prefill, decode = statistics.median(prefill), statistics.median(decode)
+    # The weights were there before the reset, so they are in `before`: count them once.
+    weights = sum(x.nbytes for x in module.parameters())
+    peak = peak_memory(device) - before + weights
+    prefill = statistics.median(prefill)
+    decode = statistics.median(decode)
     return {"context": context, "batch": batch, "prefill": batch * context / prefill,
             "decode": batch / decode, "ms": 1e3 * decode, "state": state_bytes, "peak": peak}
 
 
 def tensors_of(state):
-    """A student's state, or a teacher's KV cache -> for each layer its tensors"""
+    """A student's state, or a teacher's KV cache -> a tuple of tensors for each layer"""
     if isinstance(state, list):
         return state
     return [(layer.keys, layer.values) for layer in state.layers]
@@ -382,65 +394,65 @@ def tensors_of(state):
 def single_step(model, state, token, device):
     """-> a function of tokens (B) that makes one step, on a GPU as one CUDA graph"""
     step = model.stepper(state)
-    if isinstance(model, SSM) or device != "cuda":
+    if isinstance(model, SSM) or device != "cuda":      # a student's stepper makes its own graph
         return step
-    # A replayed step writes one place of the cache over and over: no text, but the same work.
+    # A replayed step writes to one position of the cache each time: no text, but the same work.
     replay, _ = capture_graph(lambda: step(token))
     return lambda _: replay()
 
 
 def fastest(model, contexts, batches, device):
-    """-> rows of pace, for each context that of the batch that writes most; what does not fit is
-    left out"""
+    """-> {context: the row of pace whose batch writes most}, without what does not fit"""
+    pace(model, min(contexts), 1, device, steps=3)              # warm-up: compiles, chooses kernels
     best = {}
-    pace(model, min(contexts), 1, device, steps=3)              # warm: kernels compiled and chosen
     for batch, context in itertools.product(sorted(batches), sorted(contexts)):
         try:
             row = pace(model, context, batch, device)
         except torch.OutOfMemoryError:
             print(f"batch {batch} x context {context:,} does not fit")
             continue
-        best[context] = max(row, best.get(context, row), key=lambda x: x["decode"])
-    return list(best.values())
+        if context not in best or row["decode"] > best[context]["decode"]:
+            best[context] = row
+    return best
 
 
 def show_speed(args):
     """The table; with a run, also its speed.json, from which extras/pictures.py draws"""
-    device = choose_device(args.device)[0]
+    device, _, _ = choose_device(args.device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if args.random:
-        folder, name = None, f"{args.random}, random weights"
+        name = f"{args.random}, random weights"
         teacher = Teacher.random(hf_config(args.random), device, dtype)
     else:
         about, folder, stage = open_run(args.run, args.stage)
-        teacher, name = Teacher.load(args.teacher or about["teacher"], device, dtype), str(stage)
-    where = (torch.cuda.get_device_name() if device == "cuda"
-             else f"{device}, threads: {torch.get_num_threads()}")
-    title = f"{name} | {where}, {str(dtype).removeprefix('torch.')} | medians; peak with weights"
+        name = str(stage)
+        teacher = Teacher.load(args.teacher or about["teacher"], device, dtype)
     speeds = {"teacher": fastest(teacher, args.contexts, args.batch_sizes, device)}
     student = SSM.from_teacher(teacher) if args.random else SSM.from_pretrained(stage)
-    del teacher                                                 # one at a time: large ones fit
+    del teacher                                     # one at a time, so that large ones fit
     speeds["student"] = fastest(student.to(device, dtype), args.contexts, args.batch_sizes, device)
+    machine = (torch.cuda.get_device_name() if device == "cuda"
+               else f"{device}, threads: {torch.get_num_threads()}")
+    title = f"{name} | {machine}, {str(dtype).removeprefix('torch.')} | medians; peak with weights"
     print(f"\n{title}:")
     rows = []
-    for context, name in itertools.product(sorted(args.contexts), speeds):
-        for x in speeds[name]:
-            if x["context"] == context:
-                rows.append([f"{context:,}", name, str(x["batch"]), f"{x['prefill']:,.0f}",
-                             f"{x['decode']:,.0f}", f"{x['ms']:.2f}", f"{x['state'] / 1e6:,.2f}",
-                             f"{x['peak'] / 1e6:,.0f}"])
+    for context, model in itertools.product(sorted(args.contexts), speeds):
+        if x := speeds[model].get(context):
+            rows.append([f"{context:,}", model, str(x["batch"]), f"{x['prefill']:,.0f}",
+                         f"{x['decode']:,.0f}", f"{x['ms']:.2f}", f"{x['state'] / 1e6:,.2f}",
+                         f"{x['peak'] / 1e6:,.0f}"])
     show(["context", "model", "batch", "prefill tok/s", "decode tok/s", "ms/step", "state MB",
           "peak MB"], *rows)
-    if folder:
-        text = json.dumps({"title": title} | speeds) + "\n"
-        (folder / "speed.json").write_text(text, encoding="utf-8")
+    if not args.random:
+        found = {"title": title} | {model: list(best.values()) for model, best in speeds.items()}
+        (folder / "speed.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 # -----------------------------------------------------------------------------
 # Samples
 
-def print_samples(run, student, prompt, args):
-    """Both continue `prompt`, side by side: in a terminal as it is written, else at the end"""
+def print_samples(run, prompt, args):
+    """Both models continue `prompt`, side by side: in a terminal as they write, else at the end"""
     ids = run.tokenizer.encode(prompt)
     tokens = torch.tensor([ids], device=run.device, dtype=torch.long)           # (1, L)
     print(f"\n{args.length} tokens from {prompt!r}, temperature {args.temperature}, "
@@ -448,26 +460,28 @@ def print_samples(run, student, prompt, args):
     live = sys.stdout.isatty()
     columns, lines_on_screen = shutil.get_terminal_size()
     width = max(20, columns // 2 - 2) if live else 52
-    written, erase = (ids[:], ids[:]), ""
+    written = {name: ids[:] for name in run.models()}
+    streams = [model.stream(tokens, args.length, args.temperature, args.top_k, args.seed)
+               for model in run.models().values()]
 
     def both():
-        left, right = (run.tokenizer.decode(x) for x in written)
-        return side_by_side(("teacher", left), ("student", right), width)
+        return side_by_side(*((name, run.tokenizer.decode(x)) for name, x in written.items()),
+                            width)
 
-    streams = (model.stream(tokens, args.length, args.temperature, args.top_k, args.seed)
-               for model in (run.teacher, student))
+    erase = ""
     for pair in zip(*streams, strict=True):
-        for row, token in zip(written, pair, strict=True):
+        for row, token in zip(written.values(), pair, strict=True):
             row.append(token.item())
-        if live:                            # the last lines, as many as the cursor can go back over
+        if live:
+            # The cursor cannot go back to lines that have scrolled away: show only the last ones.
             lines = both().split("\n")[2 - lines_on_screen:]
             print(erase + "\n".join(lines), flush=True)
-            erase = f"\x1b[{len(lines)}F\x1b[J"
+            erase = f"\x1b[{len(lines)}F\x1b[J"         # up by these lines, and clear below
     print(erase + both())
 
 
 def side_by_side(left, right, width=52):
-    """Two texts as columns of one, under their titles.
+    """Two (title, text) as two columns.
 
     >>> print(side_by_side(("a", "one two"), ("b", "uno"), width=4))
     a    | b
@@ -480,7 +494,7 @@ def side_by_side(left, right, width=52):
 
 
 def wrapped(text, width):
-    """Lines of at most `width`. What a terminal would obey, as a carriage return, is a dot."""
+    """Lines of at most `width`. What a terminal would obey, as a carriage return, becomes a dot."""
     lines = []
     for line in text.expandtabs(4).split("\n"):
         plain = "".join(c if c.isprintable() else "\u00b7" for c in line)
@@ -489,9 +503,9 @@ def wrapped(text, width):
 
 
 # -----------------------------------------------------------------------------
-# A run to evaluate
+# The run to evaluate
 
-# What a run of the paper's recipe says of itself: for model folders and hub ids of no run
+# The paper's recipe, in the words of run.json: for model folders and hub ids that have none
 PUBLISHED = {"teacher": "microsoft/phi-1_5", "data": "stdlib", "config": None, "context": 2048,
              "eval_tokens": 2**19, "seed": 0}
 
@@ -499,25 +513,25 @@ PUBLISHED = {"teacher": "microsoft/phi-1_5", "data": "stdlib", "config": None, "
 def open_run(path, stage=None):
     """A run folder or one of its stage folders -> (run.json as a dict, run folder, stage folder)
 
-    A model folder of no run, or a hub id, is taken for what the paper's recipe gives.
+    A model folder outside a run, or a hub id, is described as a run of the paper's recipe.
     """
     path = Path(path)
     run = path if (path / "run.json").is_file() else path.parent
     if not (run / "run.json").is_file():
-        hub_id = len(path.parts) == 2 and not path.parent.exists()
-        if hub_id or (path / "config.json").is_file():
-            return {"arguments": PUBLISHED, "teacher": PUBLISHED["teacher"],
-                    "data": PUBLISHED["data"]}, path, path
-        raise UsageError(f"{path} is not a run of distill.py: there is no run.json")
+        is_hub_id = len(path.parts) == 2 and not path.parent.exists()
+        if not is_hub_id and not (path / "config.json").is_file():
+            raise UsageError(f"{path} is not a run of distill.py: there is no run.json")
+        about = {"arguments": PUBLISHED, "teacher": PUBLISHED["teacher"], "data": PUBLISHED["data"]}
+        return about, path, path
     stages = sorted(run.glob("stage[123]"))
     if path != run:
         chosen = path
     elif stage:
         chosen = run / f"stage{stage}"
-    elif not stages:
-        raise UsageError(f"{run} has no finished stage yet")
-    else:
+    elif stages:
         chosen = stages[-1]
+    else:
+        raise UsageError(f"{run} has no finished stage yet")
     if not chosen.is_dir():
         finished = ", ".join(s.name for s in stages) or "no finished stage"
         raise UsageError(f"there is no {chosen}: {run} has {finished}")
@@ -526,31 +540,49 @@ def open_run(path, stage=None):
 
 
 class EvaluatedRun:
-    """A run's student and teacher, and the text it is judged by. args: as add_run_flags has them"""
+    """The student and the teacher of a run, and the text to measure them on.
 
-    def __init__(self, args):
-        about, self.folder, self.stage = open_run(args.run, args.stage)
-        self.about, self.device = about, choose_device(args.device)[0]
+    flags: as add_run_flags declares them    args: the run's own arguments, with these flags applied
+    """
+
+    def __init__(self, flags):
+        about, self.folder, self.stage = open_run(flags.run, flags.stage)
+        self.device, _, _ = choose_device(flags.device)
         self.student = SSM.from_pretrained(self.stage).to(self.device).eval()
         print(f"student {self.stage} | {self.student.loaded}")
-        name = args.teacher or about["teacher"]
+        name = flags.teacher or about["teacher"]
+        # A shallower student is compared with the teacher's layers that it learned from.
         self.teacher = Teacher.load(name, self.device).at(self.student.config.n_layer)
         if self.student.config.vocab_size != self.teacher.config.vocab_size:
             raise UsageError(
                 f"the student has {self.student.config.vocab_size:,} tokens, its teacher {name} "
                 f"{self.teacher.config.vocab_size:,}: they cannot be compared")
-        defaults = {"stream": None, "mixer": "mamba2", "n_layer": None}     # of older runs
-        self.args = argparse.Namespace(**defaults | about["arguments"])
-        self.args.teacher = args.teacher or self.args.teacher
+        self.args = self._arguments(flags, about)
+        self.context = flags.context or self.args.context
         self.tokenizer = Tokenizer(self.args.teacher)
         self.tokenizer.check_rows(self.teacher.config.vocab_size)
-        self.context = args.context or self.args.context
-        if not self.args.stream:
-            self.args.data = about["data"]
-        if args.data:
-            self.args.data, self.args.config = args.data, args.config
-            self.args.stream = args.data != "stdlib" and not Path(args.data).expanduser().exists()
-        self.args.eval_tokens = args.eval_tokens or self.args.eval_tokens
+
+    @staticmethod
+    def _arguments(flags, about):
+        older = {"stream": None, "mixer": "mamba2", "n_layer": None}    # flags that came later
+        args = argparse.Namespace(**older | about["arguments"])
+        args.teacher = flags.teacher or args.teacher
+        args.eval_tokens = flags.eval_tokens or args.eval_tokens
+        if not args.stream:
+            args.data = about["data"]                   # the shards, which know their source
+        if flags.data:
+            args.data = flags.data
+            args.config = flags.config
+            # Shards of a hub data set would be large: a few windows are read as a stream.
+            args.stream = flags.data != "stdlib" and not Path(flags.data).expanduser().exists()
+        return args
+
+    def models(self):
+        return {"teacher": self.teacher, "student": self.student}
+
+    def lengths(self):
+        """An eighth of the context, a quarter, a half, and all of it"""
+        return sorted({max(1, self.context // n) for n in (8, 4, 2, 1)})
 
     def windows(self, length):
         """Held-out windows (n, length + 1)"""
@@ -564,12 +596,15 @@ class EvaluatedRun:
 
 
 def choose_device(name, fp32=False):
-    """-> the device, whether stages 2 and 3 compute in bf16 there, and why we think so"""
-    device = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    """-> the device, whether stages 2 and 3 compute in bf16 there, and why"""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no CUDA device here")
+    device = name
+    if name == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        bf16, why = torch.cuda.is_bf16_supported(), torch.cuda.get_device_name()
+        bf16 = torch.cuda.is_bf16_supported()
+        why = torch.cuda.get_device_name()
     else:
         # Without AMX or AVX512-BF16 a CPU converts back and forth: bf16 is slower than fp32.
         bf16 = device == "cpu" and (torch.cpu._is_amx_tile_supported()
@@ -585,26 +620,25 @@ def choose_device(name, fp32=False):
 def main(arguments=None):
     args = parse(arguments)
     if args.speed:
-        return show_speed(args)
+        show_speed(args)
+        return
     run = EvaluatedRun(args)
     if args.prompt is None:
-        show_tables(run, run.student)
-    print_samples(run, run.student, "def " if args.prompt is None else args.prompt, args)
+        show_tables(run)
+    print_samples(run, "def " if args.prompt is None else args.prompt, args)
 
 
 def add_run_flags(add, **optional):
-    """Which run, and what to read: also for the programs in extras/ that need one"""
-    add("run", **optional, help="a run folder such as out/tiny, one of its stage folders, another "
-        "model folder, or a hub id")
+    """Which run, and what text: shared with the programs in extras/ that evaluate a run"""
+    add("run", **optional, help="a run or stage folder, another model folder, or a hub id")
     add("--stage", type=int, choices=(1, 2, 3), help="which student of the run [the last]")
     add("--teacher", help="another name for the run's teacher, if it has moved")
     add("--context", type=at_least_one, help="tokens per window [as in training]")
     add("--eval_tokens", type=at_least_one, help="held-out tokens to read [as in training]")
-    add("--data", type=source_of_text, help="another text to read: as for distill.py, a hub data "
-        "set as a stream [the run's; without a run stdlib]")
+    add("--data", type=source_of_text, help="another text; a hub data set is read as a stream "
+        "[the run's; without a run stdlib]")
     add("--config", help="which part of a Hugging Face data set")
-    add("--device", default="auto", choices=("auto", "cuda", "cpu"),
-        help="to compute on [auto]")
+    add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="[auto]")
 
 
 def parse(arguments=None):

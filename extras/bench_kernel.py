@@ -1,15 +1,21 @@
-"""The forms of SSD, the losses of stages 1, and their peers, timed on this machine.
+"""The forms of SSD, the loss of stage 1, and peers of both, timed on this machine.
 
 Run:  python -m extras.bench_kernel                 # anywhere; the figures that matter need a GPU
       python -m extras.bench_kernel --lengths 512 2048 --json kernels.json
 
-Forward, backward, both; the least number of bytes that both must move, and the time a plain copy of
-so many bytes takes, as a share of the time taken (100% cannot be beaten); the peak of memory, and
-the error against fp64. Peers that are not installed, or do not run here, are named at the end.
+    forward, backward, both    ms
+    least GB                   the bytes that forward and backward must at least read and write
+    of copying                 the time of copying as many bytes, as a share of `both`: 100% is the
+                               best that a kernel bound by memory can reach
+    peak MB                    memory beyond the inputs, on a GPU
+    error                      against fp64, RMS, as a share of the signal
+
+Peers that are not installed, or do not run here, are named at the end.
 """
 import functools
 import json
 import math
+import statistics
 import time
 
 import torch
@@ -27,16 +33,17 @@ from ssd_kernel import (
 
 
 # -----------------------------------------------------------------------------
-# the peers
+# The peers
 
 def flash_attention(q, k, v, a):
-    """Not the same function: the one to be replaced."""
+    """Not the same function, but the one that SSD replaces: no error is measured."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def mamba_ssm(q, k, v, a):
-    """The authors' kernels, called as Phi-Mamba does: v is divided by a step that they put back."""
+    """The authors' kernels, as Phi-Mamba calls them: v is divided by the step dt = -a, by which the
+    kernels multiply it again"""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as kernels
     return kernels(v / -a[..., None].to(v.dtype), -a, a.new_full(a.shape[2:], -1.0), k, q, 128)
 
@@ -48,6 +55,7 @@ def minimal(q, k, v, a):
 
 
 def fla(q, k, v, a):
+    """flash-linear-attention: its Simple GLA is SSD."""
     from fla.ops.simple_gla import chunk_simple_gla
     return chunk_simple_gla(q, k, v, g=a, scale=1.0)[0]
 
@@ -58,10 +66,10 @@ FORMS = {"naive": ssd_naive, "chunked": ssd_chunked, "triton": ssd_triton,
 
 
 # -----------------------------------------------------------------------------
-# the cases: form, function, its arguments, gradient of its output, least bytes, what y should be
+# The cases: form, function, its arguments, the gradient of its output, least bytes, the expected y
 
 def example(L, B, H, P, dtype, device):
-    """-> q, k, v (B, L, H, P), a (B, L, H), ready for gradients, and a gradient of y"""
+    """-> [q, k, v (B, L, H, P), a (B, L, H)], which require gradients, and dy (B, L, H, P)"""
     draw = torch.Generator(device).manual_seed(0)
     q, k, v, dy = (torch.randn(B, L, H, P, generator=draw, device=device) for _ in range(4))
     a = -torch.rand(B, L, H, generator=draw, device=device)
@@ -72,12 +80,15 @@ def example(L, B, H, P, dtype, device):
 def ssd_cases(lengths, tokens, H, dtype, device):
     for L in lengths:
         leaves, dy = example(L, max(1, tokens // L), H, 64, dtype, device)
-        want = ssd_chunked(*(x[:1, :, :2].detach().double() for x in leaves))   # of two heads
-        least = 11 * dy.nbytes + 3 * leaves[3].nbytes       # q k v a -> y; these, dy -> dq dk dv da
+        # Two heads of one row, since fp64 is slow on a GPU.
+        want = ssd_chunked(*(x[:1, :, :2].detach().double() for x in leaves))
+        # forward: q k v a -> y    backward: q k v a dy -> dq dk dv da    (a and da are smaller)
+        least = 11 * dy.nbytes + 3 * leaves[3].nbytes
         for form, function in FORMS.items():
-            if form != "naive" or L <= 4096:
-                judge = None if function is flash_attention else want
-                yield form, function, leaves, dy, least, judge
+            if form == "naive" and L > 4096:        # (L, L) matrices: too large
+                continue
+            expected = None if function is flash_attention else want
+            yield form, function, leaves, dy, least, expected
 
 
 def piece_cases(lengths, H, dtype, device):
@@ -99,24 +110,24 @@ def orientation_cases(lengths, tokens, H, dtype, device):
 
 
 # -----------------------------------------------------------------------------
-# the clock
+# The clock and the table
 
 def milliseconds(run, device):
-    """The median of many runs: on a CPU of up to 20, for at most a second; on a GPU each run finds
-    the cache cleared."""
+    """The median of many runs: on a CPU of up to 20 in about a second; on a GPU as Triton measures,
+    which clears the cache before each run"""
     if device == "cuda":
         return triton.testing.do_bench(run, return_mode="median")
-    run()
+    run()                                                   # the first call may compile, allocate
     times = []                                              # ms
     while not times or sum(times) < 1000 and len(times) < 20:
         start = time.perf_counter()
         run()
         times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times)[len(times) // 2]
+    return statistics.median_low(times)                     # of two runs not the slower one
 
 
 def measure(form, function, leaves, dy, least, want, device, copy_speed):
-    """-> one row of the table, and what kept it from having all its figures, if anything did"""
+    """-> one row of the table, and the reason why figures are missing, or None"""
     def backward(y):
         return torch.autograd.grad(y, leaves, dy, retain_graph=True, allow_unused=True)
 
@@ -153,7 +164,10 @@ FORMATS = {"forward ms": ".3f", "backward ms": ".3f", "both ms": ".3f", "least G
 
 
 def print_table(cases, device, copy_speed, left_out):
-    """Measure the cases one by one -> the rows. left_out: {case: why}, added to"""
+    """Measure the cases one by one and print each as it comes -> the rows
+
+    left_out: {case: why}, to which this adds
+    """
     rows = []
     for case in cases:
         row, why = measure(*case, device, copy_speed)
@@ -177,11 +191,12 @@ def main(arguments=None):
     parser.add_argument("--tokens", type=int, help="tokens in all [16,384 on a GPU, else 4,096]")
     parser.add_argument("--orientation_lengths", type=int, nargs="+", default=[512, 1024, 2048])
     args = parser.parse_args(arguments)
-    device, H, tokens, dtype = "cpu", 8, 2**12, torch.float32
-    name = f"{torch.get_num_threads()} CPU threads"
     if torch.cuda.is_available():
         device, H, tokens, dtype = "cuda", 32, 2**14, torch.bfloat16
         name = torch.cuda.get_device_name()
+    else:
+        device, H, tokens, dtype = "cpu", 8, 2**12, torch.float32
+        name = f"{torch.get_num_threads()} CPU threads"
     block = torch.empty(2**28, dtype=torch.uint8, device=device)
     copy_speed = 2 * block.numel() / milliseconds(block.clone, device) / 1e6         # GB/s
     about = {"device": name, "copying, GB/s": round(copy_speed, 1), "dtype": str(dtype),

@@ -4,12 +4,13 @@ Run:  pip install "lm-eval[hf]"
       python -m extras.benchmarks out/phi --tasks paper              # the paper's six, zero-shot
       python -m extras.benchmarks out/tiny --tasks mine --include_path ~/tasks       # your own
 
-The harness's own class for models of transformers, HFLM, runs both: the teacher is such a model,
-and so is the class that extras/export.py writes. No beginning-of-text token is added: the
-distillation had none. Where a text has nothing before it, an end of text stands there, as in the
-shards.
+HFLM, the harness's own class for models of transformers, runs both: the teacher is such a model,
+and so is the class that extras/export.py writes. No beginning-of-text token is added, since the
+student was distilled without one. A text with nothing before it begins with an end of text, as in
+the shards.
 
-`paper` prints the paper's table again, with the share of its teacher's score that a student keeps.
+`paper` prints the paper's table beside these scores, and for each student the share of its
+teacher's score that it recovers.
 
 [1] https://github.com/EleutherAI/lm-evaluation-harness    [2] MOHAWK, arXiv 2408.10189
 """
@@ -34,10 +35,11 @@ TOKENS_AT_ONCE = 2**14      # in a batch, padding included
 
 
 def harness_model(model, tokenizer, context):
-    """A model of transformers -> what the harness asks"""
+    """A model of transformers -> the harness's HFLM. context: tokens of its longest text"""
     from lm_eval.models.huggingface import HFLM
     hf = tokenizer.hf or byte_tokenizer(tokenizer.eot)
     hf.pad_token = hf.pad_token or hf.eos_token
+    # Both models stop at every end of text that their tokenizer has, whatever their configs say.
     model.generation_config.eos_token_id = list(tokenizer.stop_ids)
     model.generation_config.pad_token_id = tokenizer.eot
     return HFLM(pretrained=model, tokenizer=hf, max_length=context, add_bos_token=False,
@@ -45,9 +47,9 @@ def harness_model(model, tokenizer, context):
 
 
 def as_transformers(student):
-    """The student, with its own weights, as the class that an export has"""
+    """The student as the class of an export; they share their weights"""
     config = MohawkConfig(**write_config(student.config), vocab_size=student.config.vocab_size)
-    with torch.device("meta"):
+    with torch.device("meta"):              # no memory for weights that are replaced below
         model = MohawkForCausalLM(config)
     model.backbone, model.lm_head = student.backbone, student.lm_head
     model.__dict__["ssm"] = student
@@ -60,32 +62,43 @@ def scores(run, names, include_path=None, limit=None):
     if missing:
         raise UsageError('--tasks needs lm-eval: pip install "lm-eval[hf]"')
     from lm_eval import simple_evaluate
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)        # a line for every default it takes
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)        # it warns about every default
     go_offline_if_unreachable()
-    names = [task for name in names for task in (PAPER if name == "paper" else [name])]
+    names = expand(names)
     manager = task_files(names, include_path)
 
     def evaluate(model):
         return simple_evaluate(model, tasks=names, task_manager=manager, limit=limit,
                                bootstrap_iters=0, log_samples=False)
 
-    run.teacher.model.set_attn_implementation("sdpa")           # it knows padding
+    run.teacher.model.set_attn_implementation("sdpa")           # the captured one ignores padding
     models = {"teacher": run.teacher.model, "student": as_transformers(run.student)}
     found = {}
     try:
-        evaluate("dummy")   # the harness's own, it answers anything: a mistake in a task file shows
-                            # before hours are spent
+        # The harness's random model first: mistakes in a task show before hours are spent.
+        evaluate("dummy")
         for name, model in models.items():
             results = evaluate(harness_model(model, run.tokenizer, run.context))
             found[name] = numbers_of(results["results"])
-    except Exception as error:                      # whatever a template or a metric may raise
+    except Exception as error:              # a task's template or metric may raise anything
         raise UsageError(f"--tasks {' '.join(names)}: {type(error).__name__}: "
                          f"{first_line(error)}") from error
     return found, {task: row["effective"] for task, row in results["n-samples"].items()}
 
 
+def expand(names):
+    """
+    >>> expand(["mine", "paper"])[:2]
+    ['mine', 'winogrande']
+    """
+    tasks = []
+    for name in names:
+        tasks += PAPER if name == "paper" else [name]
+    return tasks
+
+
 def numbers_of(results):
-    """{task: {"acc,none": number, ...}} -> {(task, "acc"): number}; none is the filter's name"""
+    """{task: {"acc,none": number, ...}} -> {(task, "acc"): number}. none: no filter was used"""
     numbers = {}
     for task, row in results.items():
         for key, value in row.items():
@@ -95,7 +108,7 @@ def numbers_of(results):
 
 
 def task_files(names, include_path):
-    """-> the harness's TaskManager, which knows all these names"""
+    """-> the harness's TaskManager that has all tasks in `names`; UsageError if one is unknown"""
     import yaml
     from lm_eval.tasks import TaskManager
     manager = None
@@ -103,7 +116,7 @@ def task_files(names, include_path):
         if not Path(include_path).is_dir():
             raise UsageError(f"--include_path {include_path}: no such folder")
         for file in sorted(Path(include_path).rglob("*.yaml")):
-            try:                    # the harness passes over what it cannot read, without a word
+            try:                            # the harness skips a file that it cannot parse
                 yaml.compose(file.read_text("utf-8"))
             except yaml.YAMLError as error:
                 raise UsageError(f"{file}: {' '.join(str(error).split())[:200]}") from error
@@ -118,14 +131,16 @@ def task_files(names, include_path):
 
 
 def show_scores(names, found, examples):
-    """The scores of both models; for `paper` beside the published ones"""
+    """Print the scores of both models; those of `paper` beside the published ones"""
     others = list(found["student"])
     if "paper" in names:
         others = [key for key in others if key not in PAPER.items()]
+        measured = {}
+        for name, numbers in found.items():
+            measured[name] = [100 * numbers[key] for key in PAPER.items()]
         show(["zero-shot, %", *PAPER, "mean"], ["", *PAPER.values(), ""],
              ["examples", *(f"{examples[task]:,}" for task in PAPER), ""],
-             *paper_rows({name: [100 * found[name][key] for key in PAPER.items()]
-                          for name in found}), *paper_rows(PUBLISHED))
+             *paper_rows(measured), *paper_rows(PUBLISHED))
     if others:
         rows = []
         for key in others:
@@ -135,13 +150,15 @@ def show_scores(names, found, examples):
 
 
 def paper_rows(pair):
-    """{teacher: six scores, student: six scores} -> a row for each, and one for the shares"""
-    rows, values = [], []
-    for name, scores in pair.items():
-        values.append([*scores, sum(scores) / len(scores)])
-        rows.append([name, *(f"{x:.1f}" for x in values[-1])])
-    kept = [y / x if x else math.nan for x, y in zip(*values, strict=True)]
-    return [*rows, ["recovered", *(f"{share:.1%}" for share in kept)]]
+    """{teacher: six scores, student: six scores} -> a row for each, and one for their ratio"""
+    rows = []
+    columns = []                    # of each model: its scores, then their mean
+    for name, numbers in pair.items():
+        with_mean = [*numbers, sum(numbers) / len(numbers)]
+        columns.append(with_mean)
+        rows.append([name, *(f"{x:.1f}" for x in with_mean)])
+    recovered = [y / x if x else math.nan for x, y in zip(*columns, strict=True)]
+    return [*rows, ["recovered", *(f"{x:.1%}" for x in recovered)]]
 
 
 def main(arguments=None):

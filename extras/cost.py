@@ -5,18 +5,19 @@ Run:  python -m extras.cost --preset tiny                    # on this machine
       python -m extras.cost --preset phi --gpu H100 --world 8 --fsdp
       python -m extras.cost --preset tiny --bench            # time each stage, here and now
 
-All flags of distill.py are taken. A step is run on torch's fake tensors, which have shapes and no
-contents, so what is counted is what distill.py does, at any size. All layers of a kind cost the
-same, so models of two and of three layers say what a deep one takes.
+It takes all flags of distill.py. A step runs on torch's fake tensors, which have shapes and no
+contents, so this counts what distill.py really does, at any size. All layers of a kind cost the
+same, so the difference between a model of two layers and one of three is the cost of a layer.
 
 --bench times the parts of a micro-batch with a random teacher of the same architecture:
 
-    teacher      its forward alone
+    teacher      the teacher's forward by itself
     student      what the student's forward adds
     backward     what the backward adds
-    optimizer    one update; `step` is a whole batch
+    optimizer    one update
+    step         a batch of all its micro-batches, and the update
 
-It leaves out: what other processes hold, and communication between GPUs.
+It leaves out: memory of other processes, and communication between GPUs.
 """
 import collections
 import contextlib
@@ -40,73 +41,79 @@ from model_ssm import SSM, UsageError
 from model_teacher import Teacher, hf_config
 from prepare import Parser, at_least_one, fraction, run_program
 
-SHARDED = ("weights", "gradients", "optimizer", "teacher")      # by FSDP2
-CUDA_ITSELF = 1e9           # its context, libraries' workspaces, and what the allocator loses
+SHARDED = ("weights", "gradients", "optimizer", "teacher")      # FSDP2 splits these over the GPUs
+NOT_SHARDED = ("activations", "logits")
+CUDA_OVERHEAD = 1e9         # bytes: context, workspaces of libraries, fragments of the allocator
 
 
 # -----------------------------------------------------------------------------
 # counting
 
 class Meter(TorchDispatchMode):
-    """Counts what happens within: FLOPs by when they are spent, bytes held now and at most.
+    """Counts FLOPs and live bytes of every operator that runs inside this context.
 
-    flops: "forward", "backward", and "again": what checkpoints compute a second time
-    A causal attention counts half of its matrix.
+    flops: by phase: "forward", "backward", "again" (what checkpoints compute a second time)
+    bytes, peak: (all, logits): bytes alive now, and at the moment when most were alive
     """
 
     def __init__(self, vocab_size, frozen):
         super().__init__()
-        self.flops, self.in_backward = collections.Counter(), False
         self.vocab_size = vocab_size
-        self.sizes = {}                                 # of the storages that are alive
-        self.now, self.peak = [0, 0], [0, 0]            # bytes: all, and maps of logits
         self.frozen = {p.untyped_storage()._cdata for p in frozen}
+        self.in_backward = False                    # set by the caller, around loss.backward()
+        self.flops = collections.Counter()
+        self.alive = {}                             # storage -> its bytes: all, logits
+        self.bytes = (0, 0)
+        self.peak = (0, 0)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
-        if flops := flops_of(function, args, kwargs or {}, tensors, output):
-            self.flops[self.when(tensors)] += flops
+        flops = flops_of(function, args, kwargs or {}, tensors, output)
+        if flops:
+            self.flops[self.phase(tensors)] += flops
         for x in tree_leaves(output):
             if isinstance(x, torch.Tensor):
-                self.hold(x)
+                self.add(x)
         return output
 
-    def when(self, tensors):
-        """Within a backward, the teacher's weights among the inputs, or gradients being recorded,
-        mean that a checkpoint computes its forward again."""
+    def phase(self, tensors):
+        """A forward that runs within a backward is a checkpoint's. There are two signs of it: the
+        teacher's weights among the inputs (they have no backward), or gradients being recorded."""
         if not self.in_backward:
             return "forward"
         teacher = any(x.untyped_storage()._cdata in self.frozen for x in tensors)
         return "again" if teacher or torch.is_grad_enabled() else "backward"
 
-    def hold(self, x):
+    def add(self, x):
+        """Count the storage of x, once for all its views, until it is freed"""
         storage = x.untyped_storage()
-        if storage._cdata in self.sizes:
+        if storage._cdata in self.alive:
             return
         n = storage.nbytes()
         logits = n if x.dim() == 2 and x.shape[-1] == self.vocab_size else 0
-        self.sizes[storage._cdata] = n, logits
-        weakref.finalize(storage, self.drop, storage._cdata)
-        self.now = [self.now[0] + n, self.now[1] + logits]
-        self.peak = max(self.peak, self.now)
+        self.alive[storage._cdata] = n, logits
+        weakref.finalize(storage, self.remove, storage._cdata)
+        self.bytes = self.bytes[0] + n, self.bytes[1] + logits
+        self.peak = max(self.peak, self.bytes)
 
-    def drop(self, key):
-        n, logits = self.sizes.pop(key)
-        self.now = [self.now[0] - n, self.now[1] - logits]
+    def remove(self, key):
+        n, logits = self.alive.pop(key)
+        self.bytes = self.bytes[0] - n, self.bytes[1] - logits
 
 
 def flops_of(function, args, kwargs, tensors, output):
-    """Of one operator, torch's own count but for three: 0 for what is no matrix product"""
+    """FLOPs of one operator: torch's own count, but for three cases; 0 where none are counted"""
     operator = function._overloadpacket
     if operator == torch.ops.aten.convolution_backward:     # torch's formula ignores groups
         return 4 * tensors[0].numel() * tensors[2][0].numel()
     if "scaled_dot_product" in str(operator):               # torch's formula ignores causality
-        backward = "backward" in str(operator)              # there dy comes before q and k
+        backward = "backward" in str(operator)              # its first argument is dy, then q, k
         B, H, L, N = tensors[backward].shape
         T = tensors[1 + backward].shape[2]
+        # 2 products of (L, T, N), in the backward 5: half of each lies above the diagonal.
         return 2 * B * H * L * T * N * (2.5 if backward else 1)
-    if operator == torch.ops.mohawk.orientation:            # 4 products of half a matrix
+    if operator == torch.ops.mohawk.orientation:            # 4 products, each of half a matrix
         B, L, H, N = tensors[2].shape
         return B * H * L * L * (tensors[0].shape[-1] + 3 * N)
     if operator in flop_registry:
@@ -115,7 +122,11 @@ def flops_of(function, args, kwargs, tensors, output):
 
 
 def fake_step(stage, config, hf, budget, args, gpu, bf16):
-    """One micro-batch of a student `config` and a teacher `hf` -> FLOPs a token, bytes by part"""
+    """One micro-batch of a student `config` and a teacher `hf` on fake tensors
+
+    -> {"teacher", "student", "backward", "again": FLOPs for one token,
+        "<part> bytes": memory of each part, "trained", "all": numbers of parameters}
+    """
     with FakeTensorMode():
         teacher = Teacher.random(hf, dtype=torch.bfloat16 if gpu else torch.float32)
         teacher = teacher.at(config.n_layer)
@@ -124,51 +135,60 @@ def fake_step(stage, config, hf, budget, args, gpu, bf16):
         params = distill.choose_trainable(student, stage)
         for p in params.values():
             p.grad = torch.zeros_like(p)            # as it is after the first micro-batch
-        tokens = torch.zeros(budget.micro_batch, args.context, dtype=torch.long)
-        frozen, weights = list(teacher.model.parameters()), list(student.parameters())
+        tokens = torch.zeros(budget.micro_batch, args.context, dtype=torch.long)        # (B, L)
+        frozen = list(teacher.model.parameters())
+        weights = list(student.parameters())
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16 and stage.autocast)
         with Meter(config.vocab_size, frozen) as teacher_meter, autocast:
             teacher_forward(stage, student, teacher, tokens)
-        teacher.last_run = None
+        teacher.last_run = None                     # or the next run would reuse its results
         with Meter(config.vocab_size, frozen) as meter, autocast:
             for p in (*frozen, *weights, *(p.grad for p in params.values())):
-                meter.hold(p)
+                meter.add(p)
             for loss, _ in stage.loss_fn(student, teacher, tokens):
                 meter.in_backward = True
                 loss.backward()
                 meter.in_backward = False
         costs = bytes_by_part(meter, params.values(), weights, frozen, args.optimizer)
-    n, alone = tokens.numel(), teacher_meter.flops["forward"]
-    return costs | {"teacher": alone / n, "student": (meter.flops["forward"] - alone) / n,
+    n = tokens.numel()
+    teacher_flops = teacher_meter.flops["forward"]
+    return costs | {"teacher": teacher_flops / n,
+                    "student": (meter.flops["forward"] - teacher_flops) / n,
                     "backward": meter.flops["backward"] / n, "again": meter.flops["again"] / n}
 
 
 def bytes_by_part(meter, params, weights, frozen, optimizer):
+    """Split the peak: what is no weight, gradient or logits is an activation. The optimizer's
+    moments are not part of the peak, since fake_step makes none."""
+    peak, logits = meter.peak
     sizes = {}
     for part, tensors in {"weights": weights, "gradients": params, "teacher": frozen}.items():
-        sizes[part] = sum(p.numel() * p.element_size() for p in tensors)
-    peak, logits = meter.peak
-    sizes |= {"activations": peak - sum(sizes.values()) - logits, "logits": logits,
-              "optimizer": sum(bytes_of_moments(p, optimizer) for p in params)}
-    return {f"{part} bytes": n for part, n in sizes.items()} | {
-        "trained": sum(p.numel() for p in params), "all": sum(p.numel() for p in weights)}
+        sizes[f"{part} bytes"] = sum(p.numel() * p.element_size() for p in tensors)
+    activations = peak - sum(sizes.values()) - logits
+    return sizes | {"activations bytes": activations, "logits bytes": logits,
+                    "optimizer bytes": sum(bytes_of_moments(p, optimizer) for p in params),
+                    "trained": sum(p.numel() for p in params),
+                    "all": sum(p.numel() for p in weights)}
 
 
 def bytes_of_moments(p, optimizer):
-    """Bytes of AdamW's two moments. Large ones may have 8 bits, and a scale for every 256."""
-    eight = optimizer == "adamw8bit" and p.numel() >= 4096 and p.numel() % 256 == 0
-    return p.numel() * 2 * (1 + 4 / 256) if eight else p.numel() * 8
+    """Bytes of AdamW's two moments for a parameter p"""
+    # torchao quantises only large ones to 8 bits, with a scale in fp32 for every 256 numbers.
+    if optimizer == "adamw8bit" and p.numel() >= 4096 and p.numel() % 256 == 0:
+        return p.numel() * 2 * (1 + 4 / 256)
+    return p.numel() * 2 * 4
 
 
 def cost(stage, config, hf, budget, args, gpu, bf16):
-    """fake_step's answer for the whole model, from models of two and of three layers.
+    """What fake_step would return for all layers, from models of two and of three layers
 
-    "gathered bytes": what FSDP2 holds beside its shards
+    "gathered bytes": what FSDP2 holds beside its shards, while it computes with a layer
     """
-    if args.objective or config.n_layer < hf.num_hidden_layers:     # small ones, as they are
+    if args.objective or config.n_layer < hf.num_hidden_layers:
+        # Layers of student and teacher are paired: fewer layers would be other pairs.
         return fake_step(stage, config, hf, budget, args, gpu, bf16) | {"gathered bytes": 0}
 
-    def measured(n, *attn_layers):
+    def cost_of(n, *attn_layers):
         small = copy.deepcopy(hf)
         small.num_hidden_layers = n
         if getattr(hf, "layer_types", None):
@@ -176,12 +196,17 @@ def cost(stage, config, hf, budget, args, gpu, bf16):
         shapes = dataclasses.replace(config, n_layer=n, attn_layers=attn_layers)
         return fake_step(stage, shapes, small, budget, args, gpu, bf16)
 
-    attention, ssms = len(config.attn_layers), config.n_layer - len(config.attn_layers)
-    two, three = measured(2), measured(3)
-    mixed = measured(3, 1) if attention else two
+    attention = len(config.attn_layers)
+    ssms = config.n_layer - attention
+    two = cost_of(2)
+    three = cost_of(3)
+    mixed = cost_of(3, 1) if attention else two     # two SSM layers, and one of attention
     costs = {}
     for key, base in two.items():
-        costs[key] = base + (ssms - 2) * (three[key] - base) + attention * (mixed[key] - base)
+        per_ssm = three[key] - base
+        per_attention = mixed[key] - base
+        costs[key] = base + (ssms - 2) * per_ssm + attention * per_attention
+    # FSDP2 gathers the layer that computes and the next one: about a model of two layers.
     gathered = sum(two[f"{part} bytes"] for part in ("weights", "gradients", "teacher"))
     return costs | {"gathered bytes": gathered}
 
@@ -196,44 +221,55 @@ def useful(costs):
 
 def estimate(args):
     """A paragraph for each stage: steps, parameters, FLOPs, hours, memory"""
-    hf, config = hf_config(args.teacher), distill.student_config(args)
-    device, bf16, _ = choose_device(args.device, args.fp32)
-    if args.gpu:
-        device, bf16 = "cuda", True
-    room = torch.cuda.mem_get_info()[1] if device == "cuda" and not args.gpu else math.inf
-    peak, room = GPUS.get(args.gpu) or (peak_of(device, bf16)[0], room)
+    hf = hf_config(args.teacher)
+    config = distill.student_config(args)
+    device, bf16, peak, room = hardware(args)
     print(f"{args.teacher} on {args.world} x {args.gpu or device}, {peak / 1e12:.4g} TFLOP/s "
           f"each, of which {args.mfu:.0%} (--mfu; --bench measures it)")
-    hours = 0
+    total = 0
     for number, budget in args.budgets.items():
         stage = distill.stage_table(args)[number]
         costs = cost(stage, config, hf, budget, args, device == "cuda", bf16)
-        tokens = budget.tokens // budget.batch * budget.batch
-        spent = useful(costs) * tokens / (peak * args.mfu * args.world) / 3600
-        hours += spent
+        steps = budget.tokens // budget.batch
+        tokens = steps * budget.batch
+        hours = useful(costs) * tokens / (peak * args.mfu * args.world) / 3600
+        total += hours
         accumulate = budget.batch // args.context // (budget.micro_batch * args.world)
-        print(f"\nstage {number} | {tokens:,} tokens = {tokens // budget.batch:,} steps x "
+        print(f"\nstage {number} | {tokens:,} tokens = {steps:,} steps x "
               f"{budget.batch:,} (batch {budget.micro_batch} x length {args.context} x accumulate "
               f"{accumulate} x {args.world} GPUs)\n"
               f"stage {number} | {costs['trained']:,} parameters are trained, "
               f"{costs['all'] - costs['trained']:,} are frozen\n"
               f"stage {number} | GFLOP a token: teacher {costs['teacher'] / 1e9:.3g}, student "
               f"{costs['student'] / 1e9:.3g}, backward {costs['backward'] / 1e9:.3g}, computed "
-              f"again {costs['again'] / 1e9:.3g} | {spent:.3g} hours\n"
+              f"again {costs['again'] / 1e9:.3g} | {hours:.3g} hours\n"
               f"stage {number} | {memory_line(costs, args, device, room)}")
-    print(f"\n{hours:.3g} hours in all. To take less memory: --micro_batch, --recompute, "
+    print(f"\n{total:.3g} hours in all. To take less memory: --micro_batch, --recompute, "
           "--optimizer adamw8bit, --fsdp")
 
 
+def hardware(args):
+    """-> device, whether it computes in bf16, its FLOP/s, and its bytes of memory (inf: unknown)"""
+    if args.gpu:
+        peak, room = GPUS[args.gpu]
+        return "cuda", True, peak, room
+    device, bf16, _ = choose_device(args.device, args.fp32)
+    room = torch.cuda.mem_get_info()[1] if device == "cuda" else math.inf
+    return device, bf16, peak_of(device, bf16)[0], room
+
+
 def memory_line(costs, args, device, room):
-    shards, memory = args.world if args.fsdp else 1, {}
-    for part in (*SHARDED, "activations", "logits"):
-        memory[part] = costs[f"{part} bytes"] / (shards if part in SHARDED else 1) / 1e9
+    memory = {}                                     # GB
+    for part in SHARDED:
+        memory[part] = costs[f"{part} bytes"] / (args.world if args.fsdp else 1) / 1e9
+    for part in NOT_SHARDED:
+        memory[part] = costs[f"{part} bytes"] / 1e9
     if args.fsdp:
         memory["gathered"] = costs["gathered bytes"] / 1e9
     if device == "cuda":
-        memory["CUDA"] = CUDA_ITSELF / 1e9
-    total, verdict = sum(memory.values()), ""
+        memory["CUDA"] = CUDA_OVERHEAD / 1e9
+    total = sum(memory.values())
+    verdict = ""
     if room < math.inf:
         fits = "fits" if total < room / 1e9 else "does not fit"
         verdict = f" of {room / 1e9:.1f}, which {fits}"
@@ -246,12 +282,13 @@ def memory_line(costs, args, device, room):
 
 def bench(args):
     """Each stage timed on random tokens, with a random teacher of this architecture"""
-    run, hf = distill.Run(args), hf_config(args.teacher)
+    run = distill.Run(args)
+    hf = hf_config(args.teacher)
     teacher = Teacher.random(hf, run.device, run.dtype).at(args.n_layer)
     distill.compile_and_shard(teacher, distill.shard_teacher, args)
     names = ("teacher", "student", "backward", "optimizer", "step", "tok/s", "mfu", "GB", "planned")
-    print("\n| stage " + "".join(f"| {name:>9} " for name in names) + "|\n|-------"
-          + "|-----------" * len(names) + "|")
+    print("\n| stage " + "".join(f"| {name:>9} " for name in names) + "|")
+    print("|-------" + "|-----------" * len(names) + "|")
     for number, budget in args.budgets.items():
         stage = distill.stage_table(args)[number]
         cells = bench_stage(run, teacher, hf, stage, budget)
@@ -272,35 +309,39 @@ def bench_stage(run, teacher, hf, stage, budget):
     if run.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    def teacher_alone():
+    def teacher_only():
         with run.autocast(stage):
             teacher_forward(stage, student, teacher, tokens)
 
-    def losses(backward=False):
+    def both_forward():
+        with run.autocast(stage):
+            for _ in compute_losses(tokens):
+                pass
+
+    def forward_and_backward():
         with run.autocast(stage):
             for loss, _ in compute_losses(tokens):
-                if backward:
-                    loss.backward()
+                loss.backward()
 
-    forward = milliseconds(teacher_alone, run.device)
-    student_too = milliseconds(losses, run.device)
-    all_of_it = milliseconds(lambda: losses(backward=True), run.device)
-    update = milliseconds(optimizer.step, run.device)
-    step = budget.batch // (tokens.numel() * run.world) * all_of_it + update
+    teacher_ms = milliseconds(teacher_only, run.device)
+    forward_ms = milliseconds(both_forward, run.device)
+    micro_batch_ms = milliseconds(forward_and_backward, run.device)
+    update_ms = milliseconds(optimizer.step, run.device)
+    step_ms = budget.batch // (tokens.numel() * run.world) * micro_batch_ms + update_ms
     costs = cost(stage, student.config, hf, budget, args, run.device == "cuda", run.bf16)
-    mfu = useful(costs) * budget.batch / (step / 1e3 * run.peak * run.world)
-    planned = sum(costs[f"{part} bytes"] for part in (*SHARDED, "activations", "logits"))
-    ms = (forward, student_too - forward, all_of_it - student_too, update, step)
-    return [*(f"{x:9.1f}" for x in ms), f"{1e3 * budget.batch / step:9,.0f}", f"{mfu:9.1%}",
-            f"{run.memory() / 1e9:9.2f}", f"{planned / 1e9:9.2f}"]
+    mfu = useful(costs) * budget.batch / (step_ms / 1e3 * run.peak * run.world)
+    planned = sum(costs[f"{part} bytes"] for part in (*SHARDED, *NOT_SHARDED))
+    times = (teacher_ms, forward_ms - teacher_ms, micro_batch_ms - forward_ms, update_ms, step_ms)
+    return [*(f"{ms:9.1f}" for ms in times), f"{1e3 * budget.batch / step_ms:9,.0f}",
+            f"{mfu:9.1%}", f"{run.memory() / 1e9:9.2f}", f"{planned / 1e9:9.2f}"]
 
 
 @torch.no_grad()
 def teacher_forward(stage, student, teacher, tokens):
-    """What a stage needs of the teacher, by itself"""
-    loss_fn = getattr(stage.loss_fn, "func", stage.loss_fn)
+    """What a stage needs of the teacher, without a student"""
+    loss_fn = getattr(stage.loss_fn, "func", stage.loss_fn)         # of a functools.partial
     if loss_fn is distill.knowledge_distillation:
-        h = teacher.hidden(tokens).flatten(0, 1)
+        h = teacher.hidden(tokens).flatten(0, 1)                    # (B L, D)
         for part in h.split(max(1, distill.LOGITS_AT_ONCE // student.config.vocab_size)):
             teacher.head(part)
     else:
@@ -309,7 +350,7 @@ def teacher_forward(stage, student, teacher, tokens):
 
 
 def milliseconds(work, device, n=20):
-    """The mean of n calls, after one that warms up"""
+    """The mean of n calls, after one that compiles and allocates"""
     wait = torch.cuda.synchronize if device == "cuda" else contextlib.nullcontext
     work()
     wait()

@@ -5,12 +5,12 @@ Run:  python -m extras.export out/tiny tiny-mamba          # the last stage of a
 
       model = AutoModelForCausalLM.from_pretrained("tiny-mamba", trust_remote_code=True)
 
-What loads it needs transformers and torch, and nothing of this project: model_ssm.py and
-ssd_kernel.py go along as they are (only imports between them get a dot, since transformers makes a
-package of the folder), and the three classes below become modeling_mohawk.py.
+To load it one needs transformers and torch, and nothing of this project: model_ssm.py and
+ssd_kernel.py are copied into the folder (imports between them get a dot, since transformers makes a
+package of it), and the three classes below become modeling_mohawk.py.
 
-generate() runs on the recurrent state. Padding may stand on either side; a conversation goes on
-from a state; it trains with Trainer. What it cannot do it refuses by name: see CARD.
+generate() runs on the recurrent state. Padding may stand on either side, a conversation continues
+from a state, and Trainer trains it. What it cannot do it refuses by name: see CARD.
 """
 import inspect
 import json
@@ -30,57 +30,63 @@ from prepare import Parser, Tokenizer, byte_tokenizer, run_program
 
 
 # -----------------------------------------------------------------------------
-# what becomes modeling_mohawk.py
+# What becomes modeling_mohawk.py: these classes are copied as text, so they may use only what
+# MODELING imports.
 
 class MohawkConfig(PretrainedConfig):
-    """config.json as SSM.from_pretrained reads it, and what transformers asks for besides"""
+    """config.json as SSM.from_pretrained reads it, and the fields that transformers adds"""
     model_type = "mohawk"
     use_cache: bool = True
 
 
 class MohawkState:
-    """What was read so far, in the place of transformers' Cache.
+    """The recurrent state of a batch, where transformers expects its Cache.
 
-    layers: the state as SSM has it   length: how many tokens were read, padding included
-    last (B, 1, D): the final hidden of each row's last token
+    layers: the state as SSM has it, None: no state is returned
+    length: how many tokens were read, padding included
+    last (B, 1, D): the final hidden state of each row's last token
     """
     is_compileable = is_croppable = False               # generate looks these up
-    is_linear = (False,)                                # here this means: get_seq_length() works
+    is_linear = (False,)                # generate uses get_seq_length() where one is False
 
     def __init__(self, layers, length=0, last=0.0):
-        self.layers, self.length, self.last = layers, length, last
+        self.layers = layers
+        self.length = length
+        self.last = last
 
     def get_seq_length(self, layer_idx=0):
         return self.length
 
     def reorder_cache(self, rows):
-        """Row i goes on from row rows[i]: beam search asks for that."""
-        def chosen(x):
+        """Row i continues from row rows[i]: beam search needs that."""
+        def select(x):
             shared = len(x) != len(self.last)           # positions may be one row for all
             return x if shared else x[rows.to(x.device)]
 
-        self.layers = [tuple(map(chosen, layer)) for layer in self.layers]
-        self.last = chosen(self.last)
+        self.layers = [tuple(map(select, layer)) for layer in self.layers]
+        self.last = select(self.last)
 
     def batch_repeat_interleave(self, n):
-        """Each row n times: several texts go on from one."""
+        """Each row n times, so that several texts continue from one"""
         self.reorder_cache(torch.arange(len(self.last)).repeat_interleave(n))
 
 
 class MohawkForCausalLM(PreTrainedModel, GenerationMixin):
-    """The student as transformers wants a language model. Its parameters keep their names."""
+    """The student with the interface of transformers' language models, parameter names unchanged"""
     config_class = MohawkConfig
     supports_gradient_checkpointing = True
-    _is_stateful = True                 # nothing read can be taken back: no assisted generation
+    _is_stateful = True                 # a state cannot be rolled back: no assisted generation
     _no_split_modules = ["Block"]
-    _tied_weights_keys = {"lm_head.weight": "backbone.embedding.weight"}    # where config.json says
+    _tied_weights_keys = {"lm_head.weight": "backbone.embedding.weight"}    # if config.json says so
     _loss_options = ("num_items_in_batch", "shift_labels", "ignore_index")
 
     def __init__(self, config):
         super().__init__(config)
         ssm = SSM(read_config(config.to_dict()))
-        self.backbone, self.lm_head = ssm.backbone, ssm.lm_head
-        self.__dict__["ssm"] = ssm      # not a submodule: its parameters are the two above
+        self.backbone = ssm.backbone
+        self.lm_head = ssm.lm_head
+        # Not a submodule, or each parameter would have two names.
+        self.__dict__["ssm"] = ssm
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -90,33 +96,36 @@ class MohawkForCausalLM(PreTrainedModel, GenerationMixin):
         """input_ids (B, L) -> the loss, if there are labels (B, L); logits (B, L, V), or the last
         logits_to_keep of them; the next state
 
-        attention_mask (B, tokens read before + L): 0 where a row is padding, wherever that is. Each
-            row comes out as it would alone; at padding stand the logits of the token before it.
-        past_key_values, which newer versions call cache: the state an earlier call returned. It
-            stays as it is.
+        attention_mask (B, tokens read before + L): 0 where a row is padding, on any side. Each row
+            has the logits that it has without padding; padding has those of the token before it.
+        past_key_values, which newer versions call cache: the state that an earlier call returned.
+            It is not changed.
         """
         self.refuse(input_ids, others)
         state = self.state_before(input_ids, past_key_values, cache, use_cache)
         mask = self.text_mask(input_ids, attention_mask, others.get("position_ids"), state.length)
         self.ssm.recompute = self.gradient_checkpointing and self.training
         h, layers = self.ssm.prefill(input_ids, state.layers, mask)                 # (B, L, D)
-        if mask is not None:                    # before a row's first token: what was read last
-            h = h.where(mask.cumsum(1)[..., None].to(h.device) > 0, state.last)
+        if mask is not None:
+            # Padding before a row's first token continues from what this row read last.
+            started = mask.cumsum(1)[..., None].to(h.device) > 0                    # (B, L, 1)
+            h = h.where(started, state.last)
         if state.layers is not None:
             state = MohawkState(layers, state.length + h.shape[1], h[:, -1:].clone())
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(h[:, kept])                                           # (B, ., V)
+        if isinstance(logits_to_keep, int):     # else a tensor of positions
+            logits_to_keep = slice(-logits_to_keep, None)       # 0: all of them
+        logits = self.lm_head(h[:, logits_to_keep])                                 # (B, ., V)
         loss = None
         if labels is not None:
-            if mask is not None:                # nothing stands before a row's first token
+            if mask is not None:                # a row's first token is predicted from nothing
                 labels = labels.masked_fill(mask.cumsum(1) < 2, -100)
             options = {name: others[name] for name in self._loss_options if name in others}
             loss = self.loss_function(logits, labels, logits.shape[-1], **options)
-        # the third is past_key_values in one version and cache in another
+        # By position, since the third is called past_key_values in one version, cache in another.
         return CausalLMOutputWithPast(loss, logits, None if state.layers is None else state)
 
     def refuse(self, input_ids, others):
-        """What would change the answer, and cannot be done here, is no silent None."""
+        """TypeError for arguments that would change the logits and that this model cannot take"""
         refused = [name for name, value in others.items() if value is not None
                    and value is not False and name not in ("position_ids", *self._loss_options)]
         if refused or input_ids is None:
@@ -127,13 +136,13 @@ class MohawkForCausalLM(PreTrainedModel, GenerationMixin):
                              "where its weights are, on one device or on several GPUs")
 
     def state_before(self, input_ids, past_key_values, cache, use_cache):
-        """The state to go on from, by whichever name it came. layers is None where none is kept."""
+        """The state to continue from, whichever name it came by"""
         if past_key_values is not None and cache is not None:
             raise TypeError("past_key_values and cache are two names of one thing: give one")
         state = past_key_values if cache is None else cache
         B = len(input_ids)
         if state is None:
-            if use_cache is None:
+            if use_cache is None:               # training needs no state
                 use_cache = self.config.use_cache and not self.training
             return MohawkState(self.ssm.initial_state(B) if use_cache else None)
         if not isinstance(state, MohawkState):
@@ -145,10 +154,10 @@ class MohawkForCausalLM(PreTrainedModel, GenerationMixin):
         return state
 
     def text_mask(self, input_ids, attention_mask, position_ids, length):
-        """-> (B, L), False where a row is padding; None if nothing is
+        """-> (B, L), False where a row is padding; None if there is no padding
 
-        length: tokens read before   position_ids: must be what they are by themselves, one after
-        the other
+        length: tokens read before
+        position_ids: a recurrence has no use for them, so they must count up by one
         """
         B, L = input_ids.shape
         mask = torch.ones_like(input_ids, dtype=torch.bool)
@@ -166,7 +175,7 @@ class MohawkForCausalLM(PreTrainedModel, GenerationMixin):
         return None if mask.all() else mask
 
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
-        """next_sequence_length: how many tokens of input_ids are new to the state; None: all"""
+        """next_sequence_length: how many tokens at the end of input_ids are new; None: all"""
         if next_sequence_length is not None and next_sequence_length < 1:
             raise ValueError("the state has read all of input_ids: give the whole text, with the "
                              "new tokens at its end")
@@ -175,9 +184,9 @@ class MohawkForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls):
-        return False                    # forward begins with a state of its own
+        return False                    # forward makes its own state
 
-    # what resize_token_embeddings and others reach for -------------------------
+    # what resize_token_embeddings and others call -------------------------------
 
     def get_input_embeddings(self):
         return self.backbone["embedding"]
@@ -196,16 +205,16 @@ class MohawkForCausalLM(PreTrainedModel, GenerationMixin):
         return embedding
 
     def _init_weights(self, module):
-        """SSM has a start of its own, for all but the rows that resize_token_embeddings adds."""
+        """SSM initialises itself; this is for the rows that resize_token_embeddings adds."""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
 
 
 # -----------------------------------------------------------------------------
-# the folder
+# The folder
 
 MODELING = '''"""An exported student, for transformers: AutoModelForCausalLM.from_pretrained(
-FOLDER, trust_remote_code=True). model_ssm.py and ssd_kernel.py beside it compute."""
+FOLDER, trust_remote_code=True). The model itself is in model_ssm.py and ssd_kernel.py."""
 import torch
 from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
@@ -232,13 +241,13 @@ prompt = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 ```
 
-Where there is no attention the state that takes the place of the KV cache does not grow. Prompts of
-one batch may have any lengths: with its attention_mask each row goes on as it would alone, padded
-on either side. A conversation goes on from the state that `generate(...,
-return_dict_in_generate=True)` or `forward` returned, which a later call leaves as it is.
-It trains with Trainer. Refused: inputs_embeds, position_ids of packed texts, output_hidden_states,
-output_attentions, caches of transformers' own, assisted generation, and layers that device_map
-leaves on the CPU or on disk.
+Layers without attention have a state of constant size instead of a KV cache. Prompts of one batch
+may have any lengths, padded on either side: with its attention_mask each row continues as it would
+by itself. A conversation continues from the state that `forward` or `generate(...,
+return_dict_in_generate=True)` returned; a later call does not change it. Trainer trains it.
+Refused: inputs_embeds, position_ids of packed texts, output_hidden_states, output_attentions,
+caches of transformers' own, assisted generation, and layers that device_map leaves on the CPU or on
+disk.
 
 {table}
 Data: {data}. Commit of the code: {commit}.
@@ -248,13 +257,14 @@ Data: {data}. Commit of the code: {commit}.
 def export(student, folder, teacher, about, run):
     """Write student, code, the teacher's tokenizer and a model card; all of it or nothing.
 
-    about: its run.json   run: where report.md is, if it has one
+    about: run.json of the student's run    run: the run's folder, which may have a report.md
     """
     folder = Path(folder).expanduser().resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is there already, and not empty")
     tokenizer = Tokenizer(teacher)
     tokenizer.check_rows(student.config.vocab_size)
+    # A crash leaves this folder, never half an export under the real name.
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.exported")
     made = {"teacher": teacher, "data": about["data"], "commit": about.get("commit") or "unknown"}
     student.save_pretrained(partial, **made)
@@ -269,7 +279,7 @@ def export(student, folder, teacher, about, run):
 
 
 def add_to_config(path, config):
-    """What transformers asks for, beside the published layout"""
+    """Add the fields that transformers looks for to those of the published layout"""
     values = json.loads(path.read_text("utf-8")) | {
         "model_type": MohawkConfig.model_type, "architectures": [MohawkForCausalLM.__name__],
         "auto_map": {"AutoConfig": "modeling_mohawk.MohawkConfig",
@@ -281,6 +291,7 @@ def add_to_config(path, config):
 
 
 def write_tokenizer(tokenizer, rows, folder):
+    """rows: the model's vocabulary. An end of text that it cannot write stops nothing."""
     hf = tokenizer.hf or byte_tokenizer(tokenizer.eot)
     hf.save_pretrained(folder)
     stop_ids = [i for i in tokenizer.stop_ids if i < rows]
@@ -289,7 +300,7 @@ def write_tokenizer(tokenizer, rows, folder):
 
 
 def write_code(folder, mixer):
-    """In transformers' cache the files are a package, so that one finds the other by a dot."""
+    """Copy the files that compute, as a package: imports between them are relative"""
     here = Path(__file__).parent.parent
     files = ["ssd_kernel.py", "model_ssm.py"]
     if mixer != "mamba2":

@@ -1,11 +1,11 @@
-"""Run a grid of distil runs with several seeds, and tabulate what came of them.
+"""Run a grid of distillations with several seeds, and tabulate their results.
 
-Run:  python -m extras.objectives          # a study is a dict of flags; these two have one
+Run:  python -m extras.objectives          # a study is a dict of flags; these two files have one
       python -m extras.mixers
 
 A finished run is not run again. The same command in a second process takes other runs, and the last
-process to finish writes results/study-<name>.md. Flags given on the command line are added to every
-run; those that a run has of its own are refused.
+process to finish writes results/study-<name>.md. Flags on the command line are added to every run;
+those that the study sets itself are refused.
 """
 import argparse
 import contextlib
@@ -25,11 +25,14 @@ from eval import choose_device, pass_keys, retrieval
 from model_ssm import SSM, UsageError
 from prepare import Parser, Tokenizer, count, run_program
 
-MAY_DIFFER = {"--tokens", "--lr"}       # flags of single runs that the command line may replace
+MAY_DIFFER = {"--tokens", "--lr"}       # single runs set these; the command line may replace them
 
 
 def run_study(name, cells, common, header, arguments=None):
-    """cells: {name: its flags}   common: flags of all   header: the docstring that -h shows"""
+    """Run every cell with every seed, then write the table if all of them are finished.
+
+    cells: {name: its flags}    common: flags of all cells    header: the docstring that -h shows
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(header)
     parser.add_argument("--seeds", type=count, nargs="+", default=[0, 1, 2], help="[0 1 2]")
@@ -42,7 +45,7 @@ def run_study(name, cells, common, header, arguments=None):
         folder = run_folder(name, cell, seed, rest)
         flags = [*shlex.split(common), *shlex.split(cells[cell]), *rest,
                  "--seed", str(seed), "--out", str(folder)]
-        distill.parse(flags)                            # mistakes, before the first hour is spent
+        distill.parse(flags)                # a mistake shows before the first hour is spent
         runs.append((cell, folder, flags))
     for number, (cell, folder, flags) in enumerate(runs, 1):
         run_cell(f"run {number} of {len(runs)} | {cell}", folder, flags)
@@ -54,7 +57,7 @@ def run_study(name, cells, common, header, arguments=None):
 
 
 def check_flags(name, cells, rest):
-    """UsageError for a flag that the study's runs have of their own"""
+    """UsageError for a flag that the study sets itself"""
     own = {"--out", "--seed"}
     for flags in cells.values():
         own |= {word for word in flags.split() if word.startswith("--")}
@@ -65,7 +68,7 @@ def check_flags(name, cells, rest):
 
 
 def study_name(name, rest):
-    """What its folder and its table are called; with another preset it is another study."""
+    """The name of its folder and of its table: one for each preset"""
     preset = argparse.ArgumentParser(add_help=False)
     preset.add_argument("--preset", default="tiny")
     preset = preset.parse_known_args(rest)[0].preset
@@ -77,15 +80,15 @@ def run_folder(name, cell, seed, rest):
 
 
 def run_cell(title, folder, flags):
-    """One run, unless it is finished or another process is at it"""
+    """One run, unless it is finished or another process works on it"""
     row = folder / "row.json"
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(filelock.FileLock(folder / ".cell", timeout=0))
-        except filelock.Timeout:
+        except filelock.Timeout:            # another process has this run
             return
-        if row.exists():
+        if row.exists():                    # only under the lock: it may have just been written
             before = json.loads(row.read_text(encoding="utf-8"))["flags"]
             if before != flags:
                 raise UsageError(f"{folder} was finished as {shlex.join(before)}, not as "
@@ -98,9 +101,10 @@ def run_cell(title, folder, flags):
 
 
 def row_of(folder, args):
-    """What the table says of a finished run"""
+    """A finished run -> the numbers of its row, as a dict"""
     stage = folder / f"stage{args.stage[-1]}"
-    student, about = SSM.from_pretrained(stage).eval(), distill.read_about(stage)
+    student = SSM.from_pretrained(stage).eval()
+    about = distill.read_about(stage)
     device = choose_device(args.device)[0]
     states = [student.layers[i].mixer.initial_state(1) for i in student.ssm_layers]
     state_bytes = sum(x.nbytes for x in itertools.chain(*states)) // len(states)
@@ -131,6 +135,10 @@ def tabulate(name, runs, seeds, rest, arguments):
 
 
 def summary(rows, key, form):
+    """
+    >>> summary([{"kl": 0.1}, {"kl": 0.3}], "kl", ".2f")
+    '0.20 ± 0.10'
+    """
     values = [row[key] for row in rows]
     mean = sum(values) / len(values)
     half_range = (max(values) - min(values)) / 2

@@ -24,12 +24,12 @@ from prepare import Parser, at_least_one, run_program
 
 @contextlib.contextmanager
 def figure(path, title, rows, columns, width, height):
-    """Gives matplotlib's pyplot, a figure and its axes (rows, columns), and saves it at the end."""
+    """Yields matplotlib's pyplot, a figure and its axes (rows, columns); then saves the figure."""
     try:
         import matplotlib
     except ImportError as error:
         raise UsageError("pictures need matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")                   # draws into files: no screen is needed
     import matplotlib.pyplot as plt
     sheet, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False,
                                layout="constrained")
@@ -41,10 +41,14 @@ def figure(path, title, rows, columns, width, height):
 
 
 def draw_matrices(path, title, rows, heads, signed=False):
-    """rows: {model: [a matrix (L, L) for each (layer, head) of heads]}; magnitudes on a log scale,
-    or signed differences"""
-    size = 2.1 * len(heads) + 0.9, 2.1 * len(rows) + 0.5
-    with figure(path, title, len(rows), len(heads), *size) as (plt, sheet, axes):
+    """A grid of matrices. rows: {model: [a matrix (L, L) for each (layer, head) of heads]}
+
+    signed: differences, from blue to red; else magnitudes on a log scale, since a matrix has few
+    large weights and many small ones
+    """
+    width = 2.1 * len(heads) + 0.9          # inches
+    height = 2.1 * len(rows) + 0.5
+    with figure(path, title, len(rows), len(heads), width, height) as (plt, sheet, axes):
         colours = plt.matplotlib.colors
         if signed:
             scale = dict(cmap="RdBu_r", norm=colours.SymLogNorm(0.01, vmin=-1, vmax=1))
@@ -64,8 +68,10 @@ def draw_matrices(path, title, rows, heads, signed=False):
 
 
 def draw_lines(path, title, panels, marker="o", contexts=False):
-    """panels: {title: (x label, y label, {name: (x, y)})}; contexts, and what spans more than a
-    factor of 10, on a log scale"""
+    """A row of panels. panels: {title: (x label, y label, {name: (x, y)})}
+
+    contexts: x is a number of tokens, on a log scale. y is on one if it spans a factor of 10.
+    """
     with figure(path, title, 1, len(panels), 9, 3.2) as (plt, sheet, axes):
         ticker = plt.matplotlib.ticker
         for axis, (name, (x_label, y_label, lines)) in zip(axes[0], panels.items(), strict=True):
@@ -91,10 +97,11 @@ def draw_lines(path, title, panels, marker="o", contexts=False):
 
 def draw_losses(path, title, log):
     """log: the events of log.jsonl. A point is the mean of 1% of a stage's steps."""
-    log, panels = list(log), {}
+    log = list(log)
+    panels = {}
     for stage, unit in ((1, "Frobenius distance"), (2, "distance"), (3, "KL, nats a token")):
         events = [event for event in log if event["stage"] == f"stage {stage}"]
-        n = max(1, len(events) // 100)
+        n = max(1, len(events) // 100)      # events of a point
         x, y = [], []
         for i in range(0, len(events) - n + 1, n):
             x.append(statistics.mean(e["tokens"] for e in events[i:i + n]) * 1e-6)
@@ -104,13 +111,13 @@ def draw_losses(path, title, log):
 
 
 def draw_layers(path, title, distances):
-    """distances: {model: rows of layer_distances}"""
+    """distances: {model: rows of layer_distances}. A layer that keeps attention is a gap."""
     panels = {}
     for name in ("matrix", "block", "drift"):
         lines = {}
         for model, rows in distances.items():
-            shares = [math.nan if row[name] is None else 100 * row[name] for row in rows]
-            lines[model] = range(len(rows)), shares
+            percent = [math.nan if row[name] is None else 100 * row[name] for row in rows]
+            lines[model] = range(len(rows)), percent
         panels[name] = "layer", "% of the teacher's answer", lines
     draw_lines(path, title, panels)
 
@@ -118,13 +125,15 @@ def draw_layers(path, title, distances):
 def draw_speed(folder):
     """speed.json, of {model: rows of pace} and a title -> speed.png"""
     models = json.loads((folder / "speed.json").read_text(encoding="utf-8"))
-    title, panels = models.pop("title"), {}
+    title = models.pop("title")
+    panels = {}
     for name, key, unit, scale in (("reading", "prefill", "tokens/s", 1),
                                    ("writing", "decode", "tokens/s", 1),
                                    ("memory", "peak", "peak MB, weights included", 1e6)):
         lines = {}
         for model, rows in models.items():
-            lines[model] = ([row["context"] for row in rows], [row[key] / scale for row in rows])
+            contexts = [row["context"] for row in rows]
+            lines[model] = contexts, [row[key] / scale for row in rows]
         panels[name] = "tokens of context", unit, lines
     draw_lines(folder / "speed.png", title, panels, contexts=True)
 
@@ -134,29 +143,39 @@ def main(arguments=None):
     run = EvaluatedRun(args)
     if not (run.folder / "log.jsonl").is_file():
         raise UsageError(f"pictures are of a run of distill.py, and {run.folder} is only a model")
-    students = {"as copied": init_student(run.args, run.teacher, run.calibration_tokens())}
-    for n in (1, 2, 3):
-        if (stage := run.folder / f"stage{n}").is_dir():
-            students[f"after stage {n}"] = SSM.from_pretrained(stage)
-    for student in students.values():
-        student.to(run.device)
+    students = all_students(run)
     heads = choose_heads(args, students["as copied"])
-    windows = run.windows(run.context)
+    windows = run.windows(run.context)                                  # (n, L + 1)
     draw_all_matrices(run, students, heads, windows[:1, :args.picture_tokens].to(run.device))
     log = (run.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     draw_losses(run.folder / "loss.png", f"{run.folder}: what each stage minimises",
                 map(json.loads, log))
-    tokens = windows[:16, :-1].to(run.device)
+    tokens = windows[:16, :-1].to(run.device)                           # (16, L)
+    distances = {}
+    for name, student in students.items():
+        distances[name] = layer_distances(student, run.teacher, tokens)
     draw_layers(run.folder / "layers.png", f"{run.folder}: distance to the teacher (zeros: 100%)",
-                {name: layer_distances(student, run.teacher, tokens)
-                 for name, student in students.items()})
+                distances)
     if (run.folder / "speed.json").is_file():
         draw_speed(run.folder)
 
 
+def all_students(run):
+    """-> {name: student}: as the run started, and after each stage that it has finished"""
+    students = {"as copied": init_student(run.args, run.teacher, run.calibration_tokens())}
+    for n in (1, 2, 3):
+        stage = run.folder / f"stage{n}"
+        if stage.is_dir():
+            students[f"after stage {n}"] = SSM.from_pretrained(stage)
+    for student in students.values():
+        student.to(run.device)
+    return students
+
+
 def choose_heads(args, student):
-    """-> [(layer, head), ...]: those asked for, or one of each of four layers"""
-    layers, H = student.ssm_layers, student.config.n_head
+    """-> [(layer, head), ...]: those of --heads, or one head of each of four layers"""
+    layers = student.ssm_layers
+    H = student.config.n_head
     some = layers[::max(1, len(layers) // 4)][:4]
     heads = args.heads or [(layer, n % H) for n, layer in enumerate(some)]
     for layer, head in heads:
@@ -168,6 +187,7 @@ def choose_heads(args, student):
 
 
 def draw_all_matrices(run, students, heads, tokens):
+    """matrices.png and differences.png. tokens (1, L); every model reads the teacher's inputs."""
     inputs = dict(run.teacher.inputs(tokens, only={layer for layer, _ in heads}))
     matrices = {}
     for name, model in ({"teacher": run.teacher} | students).items():
