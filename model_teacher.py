@@ -214,7 +214,10 @@ class Teacher(Generation):
         """This teacher, with only the layers that a student of n_layer layers learns from"""
         if n_layer in (None, len(self.layers)):
             return self
-        from extras.objectives import Shallow
+        try:
+            from extras.objectives import Shallow
+        except ImportError as error:
+            raise UsageError("--n_layer needs extras/objectives.py, which is missing") from error
         return Shallow(self, n_layer)
 
     # predictions: stage 3 --------------------------------------------------------
