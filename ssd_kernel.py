@@ -361,6 +361,7 @@ def program_range(cu, L, n_docs, H, PIECES: tl.constexpr, STATE_EVERY: tl.conste
     lo = tl.minimum(start + piece * span, end)
     hi = tl.minimum(lo + span, end)
     state = (b * n_docs + doc) * H + h
+    # n tokens store up to n / STATE_EVERY + 1 states: each document before takes one place more.
     stored = b * (L // STATE_EVERY + n_docs) + start // STATE_EVERY + doc
     return h, piece, b * L, start, lo, hi, state, stored
 
@@ -380,6 +381,7 @@ def state_at(x, n, N: tl.constexpr, P: tl.constexpr):
 
 @jit
 def read(x, t, inside, heads: tl.constexpr, h, Q: tl.constexpr, W: tl.constexpr):
+    """-> rows (Q, W) of x, zeros where not inside, which add nothing to a product"""
     return tl.load(tile(x, t, heads, h, Q, W), mask=inside[:, None], other=0.0)
 
 
@@ -391,7 +393,7 @@ def write(x, t, inside, heads: tl.constexpr, h, rows, Q: tl.constexpr, W: tl.con
 @jit
 def decays(a, t, inside, H: tl.constexpr, h, Q: tl.constexpr):
     """-> A (Q): log2 of decay_in, from the chunk's start to each token, and its last value"""
-    i = tl.arange(0, Q)
+    i = tl.arange(0, Q)                                                 # 1.44... is log2 e
     A = tl.cumsum(tl.load(a + t * H + h + i * H, mask=inside, other=0.0) * 1.4426950408889634, 0)
     return A, tl.sum(tl.where(i == Q - 1, A, 0.0), 0)
 
@@ -746,6 +748,7 @@ def _(q, k, v, a, cu, states, dy, dS, pieces):
 
 @outside_autocast
 def ssd_derivative(ctx, dy, dS, _):
+    """For q, k, v, a, S; the operator's other three inputs have no gradient"""
     return *ssd_backward_op(*ctx.saved_tensors, dy, dS, ctx.pieces), None, None, None
 
 
