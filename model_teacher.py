@@ -78,7 +78,11 @@ AttentionInterface.register("captured", causal_attention)
 
 
 class Teacher(Generation):
-    """A frozen Transformer, in eval mode. Its methods return plain tensors without gradients."""
+    """A frozen Transformer, in eval mode: the model that the student learns to imitate.
+
+    Each stage compares the student with one of its methods: factors (mixing matrices), block
+    (hidden states), logits (predictions). They return plain tensors without gradients.
+    """
 
     def __init__(self, model, name):
         self.model = model.eval().requires_grad_(False)
@@ -214,10 +218,14 @@ class Teacher(Generation):
         """This teacher, with only the layers that a student of n_layer layers learns from"""
         if n_layer in (None, len(self.layers)):
             return self
+<<<<<<< HEAD
         try:
             from extras.objectives import Shallow
         except ImportError as error:
             raise UsageError("--n_layer needs extras/objectives.py, which is missing") from error
+=======
+        from extras.objectives import Shallow       # the core never needs it: depths are equal
+>>>>>>> hc
         return Shallow(self, n_layer)
 
     # predictions: stage 3 --------------------------------------------------------
