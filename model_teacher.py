@@ -218,14 +218,10 @@ class Teacher(Generation):
         """This teacher, with only the layers that a student of n_layer layers learns from"""
         if n_layer in (None, len(self.layers)):
             return self
-<<<<<<< HEAD
         try:
             from extras.objectives import Shallow
         except ImportError as error:
             raise UsageError("--n_layer needs extras/objectives.py, which is missing") from error
-=======
-        from extras.objectives import Shallow       # the core never needs it: depths are equal
->>>>>>> hc
         return Shallow(self, n_layer)
 
     # predictions: stage 3 --------------------------------------------------------
