@@ -2573,7 +2573,7 @@ def test_eval_prints_its_tables_and_samples(a_run, capsys):
 
 
 @pytest.mark.parametrize("command", [
-    "--length 5", "--prompt a --length 5", "--speed --contexts 32", "--export exported"])
+    "--length 5", "--prompt a --length 5", "--speed --contexts 32"])
 def test_eval_uses_no_interface_that_is_about_to_go(command, its_copy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
@@ -2730,10 +2730,9 @@ def test_in_a_terminal_the_text_grows_and_ends_as_it_does_in_a_file(a_run, capsy
 
 @pytest.mark.parametrize("mistake, complaint", [
     ("", "give a run folder"), ("RUN --random tiny --speed", "not both"),
-    ("--random tiny", "--random measures --speed"), ("RUN --heads 3", "LAYER:HEAD"),
+    ("--random tiny", "--random measures --speed"),
     ("--speed --random ./nowhere", "no such teacher"), ("RUN --contexts 0", "from 1 on"),
     ("RUN --speed --batch_sizes 1.5", "not a whole number"), ("RUN --temperature -1", "greedy"),
-    ("RUN --pictures --heads 0:4", "layers 0, 1, 2 to draw, and heads 0 to 3"),
     ("RUN --prompt ''", "an empty prompt"), ("RUN --length 0", "from 1 on")])
 def test_a_mistake_in_asking_eval_is_one_line(mistake, complaint, a_run):
     with pytest.raises(UsageError, match=re.escape(complaint)) as error:

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import filelock
@@ -1450,3 +1451,18 @@ def test_a_mistake_in_a_studys_seeds_is_one_line(seeds, complaint):
     with pytest.raises(UsageError, match=re.escape(complaint)):
         grid.run_study("objectives", objectives.STUDY, objectives.COMMON, "",
                        ["--seeds", *seeds.split()])
+
+
+def test_an_export_uses_no_interface_that_is_about_to_go(a_run, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        export.main([str(a_run), str(tmp_path / "exported")])
+
+
+@pytest.mark.parametrize("mistake, complaint", [
+    ("--heads 3", "LAYER:HEAD"), ("--heads 0:4", "layers 0, 1, 2 to draw, and heads 0 to 3"),
+    ("--picture_tokens 0", "from 1 on")])
+def test_a_mistake_in_asking_for_pictures_is_one_line(a_run, mistake, complaint):
+    with pytest.raises(UsageError, match=re.escape(complaint)) as error:
+        pictures.main([str(a_run), "--eval_tokens", "256", *mistake.split()])
+    assert "\n" not in str(error.value)
