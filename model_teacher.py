@@ -56,15 +56,18 @@ def causal_attention(module, q, k, v, mask, scaling=None, sliding_window=None, d
     """softmax(q k^T scale) v, over the last `sliding_window` keys if that is given
 
     q (B, H, L, N)   k, v (B, G, T, N), rotary embedding applied   -> (B, L, H, N)
+    B batch, H query heads, G heads of keys and values, N their width, L queries, T keys
 
-    The last L of T positions are queries; the others are in the KV cache. The mask is made here,
-    because transformers makes none for an attention function that registers no mask function.
+    The last L of T positions are queries; the others are in the KV cache. The mask is made here:
+    transformers makes none for an attention function that registers no mask function, so `mask` is
+    None. That is right because no batch here is padded.
     """
     captured_qk.update(q=q, k=k, scale=scaling)
     L = q.shape[2]
     T = k.shape[2]
     window = sliding_window or T
-    seen = None                                 # plain causal: torch is faster without a mask
+    # One query sees all keys, and is_causal serves L = T, the faster way. Else a mask is needed.
+    seen = None
     if window < T or 1 < L < T:
         distance = (torch.arange(T - L, T, device=q.device)[:, None]
                     - torch.arange(T, device=q.device))                             # (L, T)
@@ -160,6 +163,7 @@ class Teacher(Generation):
 
         u (B, L, D) is the input of layer i, before its norm: the hidden state after i layers.
         """
+        # no_grad holds inside only: between two yields the caller's own mode is back.
         wanted = set(range(len(self.layers)) if only is None else only)
         u = self.decoder.embed_tokens(tokens)
         for i in range(max(wanted, default=-1) + 1):
@@ -172,7 +176,8 @@ class Teacher(Generation):
         """Runs layer i on u (B, L, D) -> its output, q, k, scale
 
         A stage calls factors or block, and then inputs() needs the output of the same layer for the
-        next u. The last run is saved so that each layer runs once.
+        next u. The last run is saved so that each layer runs once. (inputs() passes on the very
+        tensor that it yielded, so `is` finds it.)
         """
         if self.last_run is None or self.last_run[0] != i or self.last_run[1] is not u:
             output = self.layers[i](u, attention_mask=None, position_embeddings=self.rotary(u))
@@ -187,7 +192,8 @@ class Teacher(Generation):
 
     def block(self, i, u):
         """Stage 2: u (B, L, D), the input of layer i -> its output (B, L, D), with no final norm"""
-        return self.run_layer(i, u)[0]
+        output, *_ = self.run_layer(i, u)
+        return output
 
     def factors(self, i, u):
         """Stage 1: u (B, L, D) -> q (B, L, H, N), k (B, L, G, N), scale, window of layer i
@@ -252,8 +258,8 @@ class Teacher(Generation):
     @torch.no_grad()
     def step(self, tokens, cache):
         """tokens (B, L) after those in `cache`, added to it -> logits (B, V) of the next token"""
-        # The cache is passed by position, after no mask and no positions: its name is
-        # past_key_values, and cache from transformers 5.40 on.
+        # The fourth argument, after no mask and no positions, by its place: transformers 5.40
+        # renames it from past_key_values to cache.
         return self.model(tokens, None, None, cache, use_cache=True,
                           logits_to_keep=1).logits[:, -1]
 
@@ -266,7 +272,8 @@ class Teacher(Generation):
         """As Generation.stream. A list of prompts runs one by one: a cache has one length."""
         rows = [prompts] if isinstance(prompts, torch.Tensor) else [p[None] for p in prompts]
         streams = [super(Teacher, self).stream(row, n, temperature, top_k, seed) for row in rows]
-        yield from map(torch.cat, zip(*streams, strict=True))
+        for tokens in zip(*streams, strict=True):       # each gives n tokens, of one row
+            yield torch.cat(tokens)
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -305,12 +312,13 @@ def resolve_name(name):
     if name == "smollm2":
         name = smollm2_file()
     if name.endswith(".gguf"):
-        if not Path(name).is_file():
+        path = Path(name).expanduser()
+        if not path.is_file():
             raise UsageError(f"no such file: {name}")
         missing = [p for p in ("gguf", "accelerate") if not importlib.util.find_spec(p)]
         if missing:
             raise UsageError(f"{name} is a GGUF file: pip install {' '.join(missing)}")
-        return str(Path(name).parent), {"gguf_file": Path(name).name}
+        return str(path.parent), {"gguf_file": path.name}
     if Path(name).expanduser().exists():
         return str(Path(name).expanduser()), {}
     if name.startswith((".", "/", "~")):
