@@ -612,8 +612,9 @@ def flops_per_token(config, hf, stage, L):
     if kind is None or config.mixer != "mamba2":
         return None
     D, H, P, N = config.d_model, config.n_head, config.head_dim, config.d_state
-    n_attn = len(config.attn_layers)
-    n_ssm = config.n_layer - n_attn
+    ssm_layers = [i for i in range(config.n_layer) if i not in config.attn_layers]
+    n_ssm = len(ssm_layers)
+    n_attn = config.n_layer - n_ssm
     mlp = (2 if config.block == "phi" else 3) * D * config.d_mlp
     qkvo = 2 * D * config.d_inner + 2 * D * config.n_kv_head * P
     scores = 2 * L * config.d_inner                         # causal: half of 4 L H P
@@ -624,7 +625,9 @@ def flops_per_token(config, hf, stage, L):
     ssd = H * (2 * Q * (N + P) + 4 * N * P)
     ssd_backward = H * (2 * Q * (3 * N + 2 * P) + 8 * N * P)
 
-    teacher = hf.num_hidden_layers * (2 * (qkvo + mlp) + scores)
+    # Stages 1 and 2 need no layer of the teacher after the student's last SSM layer.
+    runs = hf.num_hidden_layers if kind == 3 else max(ssm_layers, default=-1) + 1
+    teacher = runs * (2 * (qkvo + mlp) + scores)
     if kind == 1:       # orientation_loss makes four products of half a matrix, gradients included
         student = n_ssm * (2 * in_proj + conv + H * L * (P + 3 * N))
         return teacher + student + n_ssm * (2 * in_proj + 2 * conv)
@@ -1149,7 +1152,10 @@ def parse(arguments=None):
     parser = Parser(__doc__ + MORE)
     add_method_flags(parser.add_argument)
     add_run_flags(parser.add_argument)
-    return resolve(parser.parse_args(arguments))
+    args = resolve(parser.parse_args(arguments))
+    if args.optimizer == "adamw8bit" and not importlib.util.find_spec("torchao"):
+        raise UsageError("--optimizer adamw8bit needs torchao: pip install torchao")
+    return args
 
 
 MORE = """
@@ -1275,8 +1281,6 @@ def refuse(args):
     if args.teacher_tokens < TINY_BATCH * TINY_CONTEXT:
         raise UsageError(f"--teacher_tokens {args.teacher_tokens:,}: one update takes "
                          f"{TINY_BATCH * TINY_CONTEXT:,}")
-    if args.optimizer == "adamw8bit" and not importlib.util.find_spec("torchao"):
-        raise UsageError("--optimizer adamw8bit needs torchao: pip install torchao")
     stage_table(args)                       # an objective that is not there, or other keys
 
 

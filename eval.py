@@ -7,13 +7,15 @@ Run:  python eval.py out/tiny                          # tables for the last sta
       python eval.py --speed --random microsoft/phi-1_5 --contexts 512     # no weights needed
       python eval.py goombalab/Phi-Mamba               # the published weights, or any model folder
 
-Three distances for each layer, relative to what the teacher computes there (a student that outputs
-zeros is at 100%):
+Three distances for each layer. Each is relative to the size of what the teacher computes there, so
+zeros in the student's place would be at 100%:
 
-    matrix    given the teacher's input, || attention - M ||                what stage 1 minimises
-    block     given the teacher's input, || its output - the student's ||   what stage 2 minimises
-    drift     each model reads the tokens by itself, || teacher's u - student's u ||:
-              the errors of all layers below add up
+    matrix    || attention matrix - the student's mixing matrix ||, given the teacher's input: what
+              stage 1 minimises
+    block     || teacher's block - student's block ||, given the teacher's input: what stage 2
+              minimises
+    drift     || teacher's output - student's output ||, after each model has read the tokens by
+              itself: the errors of this layer and of all before it add up
 
 A state of constant size must forget. What is lost shows as the context grows, so there are tables
 by position, by the distance of a key to be found again, and by how long both write the same text.
@@ -44,7 +46,7 @@ from model_teacher import Teacher, hf_config
 from prepare import Parser, Tokenizer, at_least_one, count, open_data, run_program, source_of_text
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. There and back again. "
-LOGITS_AT_ONCE = 2**23      # elements of a (tokens, V) map: 32 MB in fp32
+LOGITS_AT_ONCE = 2**23      # elements of a (tokens, V) tensor: 32 MB in fp32
 
 
 # -----------------------------------------------------------------------------
@@ -93,6 +95,7 @@ def layer_distances(student, teacher, tokens):
     for i, u in teacher.inputs(tokens):                                 # u (B, L, D)
         row = {"matrix": None, "block": None}
         if i in student.ssm_layers:
+            # the means of || attention - M || and of || attention ||
             distance, size = student.orientation(i, u, *teacher.factors(i, u))
             row["matrix"] = (distance / size).item()
             y = teacher.block(i, u)                                     # (B, L, D)
@@ -104,7 +107,7 @@ def layer_distances(student, teacher, tokens):
 
 
 def relative(error, signal):
-    """error, signal (B, L, D) -> the mean length of error over the mean length of signal"""
+    """error, signal (B, L, D) -> the mean L2 norm of error over that of signal"""
     return (error.float().norm(dim=-1).mean() / signal.float().norm(dim=-1).mean()).item()
 
 
@@ -145,10 +148,11 @@ def sliding(text, context, stride):
 
     -> windows (n m, context + 1), counted (n m, context): which predictions are new
 
-        text   a b c d e f g h
-               # # # #              '#' is counted: all of the first window, the last `stride` of
-                   . . # #          the others. So each token counts once, and has at least
-                       . . # #      context - stride tokens before it (the '.').
+        text a b c d e f g h i, context 4, stride 2. Each window predicts four tokens:
+
+               b c d e              All of the first window counts, and the last `stride` of the
+                   . . f g          others (not the dots). So each token counts once, and after the
+                       . . h i      first window each has at least context - stride before it.
     """
     windows = text.unfold(1, context + 1, stride)                       # (n, m, context + 1)
     counted = torch.zeros(windows[..., 1:].shape, dtype=torch.bool)     # (n, m, context)
@@ -177,7 +181,7 @@ def pass_keys(tokenizer, distance, n, seed=0):
     texts = []
     for _ in range(n):
         key = tokenizer.encode(f" {draw.randrange(10**4, 10**5)}")
-        # A space that is a token of its own is no digit: every model would find it.
+        # One less where the tokenizer splits off the space: every model would find that.
         digits = len(key) - (key[:1] == space)
         text = question + key + stop + filler + question + key
         texts.append((torch.tensor(text), digits))
@@ -317,7 +321,7 @@ def show_agreement(run, prompts):
     print(f"\nafter each of {len(prompts)} prompts {n} tokens by each model alone, always the "
           "likeliest; how many\nuntil they differ, and the share of places where they are equal:")
     rows = []
-    for length in sorted({max(1, run.context // n) for n in (8, 2, 1)}):
+    for length in sorted({max(1, run.context // part) for part in (8, 2, 1)}):
         until, equal = agreement(run.student, run.teacher, prompts[:, :length], n)      # (B) each
         rows.append([f"{length:,}", f"{until.mean():.1f}", f"{until.median():.0f}",
                      f"{equal.mean():.1%}"])
@@ -396,7 +400,8 @@ def single_step(model, state, token, device):
     step = model.stepper(state)
     if isinstance(model, SSM) or device != "cuda":      # a student's stepper makes its own graph
         return step
-    # A replayed step writes to one position of the cache each time: no text, but the same work.
+    # Each replay writes to the same position of the cache: the text makes no sense, the work is
+    # that of a real step.
     replay, _ = capture_graph(lambda: step(token))
     return lambda _: replay()
 
@@ -443,7 +448,7 @@ def show_speed(args):
                          f"{x['peak'] / 1e6:,.0f}"])
     show(["context", "model", "batch", "prefill tok/s", "decode tok/s", "ms/step", "state MB",
           "peak MB"], *rows)
-    if not args.random:
+    if not args.random and (folder / "run.json").is_file():
         found = {"title": title} | {model: list(best.values()) for model, best in speeds.items()}
         (folder / "speed.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
 
@@ -505,7 +510,7 @@ def wrapped(text, width):
 # -----------------------------------------------------------------------------
 # The run to evaluate
 
-# The paper's recipe, in the words of run.json: for model folders and hub ids that have none
+# For a model folder or hub id without run.json: the paper's teacher and context, on our text
 PUBLISHED = {"teacher": "microsoft/phi-1_5", "data": "stdlib", "config": None, "context": 2048,
              "eval_tokens": 2**19, "seed": 0}
 
@@ -564,12 +569,13 @@ class EvaluatedRun:
 
     @staticmethod
     def _arguments(flags, about):
-        older = {"stream": None, "mixer": "mamba2", "n_layer": None}    # flags that came later
-        args = argparse.Namespace(**older | about["arguments"])
+        # What a run means that is older than these flags
+        defaults = {"stream": None, "mixer": "mamba2", "n_layer": None}
+        args = argparse.Namespace(**defaults | about["arguments"])
         args.teacher = flags.teacher or args.teacher
         args.eval_tokens = flags.eval_tokens or args.eval_tokens
         if not args.stream:
-            args.data = about["data"]                   # the shards, which know their source
+            args.data = about["data"]           # the folder of token files that the run has read
         if flags.data:
             args.data = flags.data
             args.config = flags.config

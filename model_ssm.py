@@ -5,22 +5,22 @@ Run:  python eval.py out/tiny --prompt "def "      # after `python distill.py`: 
 Two shapes of block cover the teachers. A mixer moves information along the sequence, an MLP works
 on each position:
 
-    Phi                                 Llama, Mistral, Qwen, SmolLM
-    u --+-- LayerNorm --+-- mixer --+   u -- RMSNorm -- mixer --(+u)-- RMSNorm -- gated MLP --(+)-->
-        |               +-- MLP ----+
-        +---------------------------+-->
+    Phi                             h = LayerNorm(u)        u = u + mixer(h) + MLP(h)
+    Llama, Mistral, Qwen, SmolLM    u = u + mixer(RMSNorm(u))
+                                    u = u + gated MLP(RMSNorm(u))
+
+u (B, L, D) is the hidden state that passes from layer to layer, h a mixer's input.
 
 The mixer is MOHAWK's discrete Mamba-2 ([2] section 3). Mamba-2 [1] makes a head's decay from a time
-step and a learned rate; here in_proj gives it from the mixer's input h (B, L, D), as it gives q, k
-and v.
+step and a learned rate; here in_proj gives it from h, as it gives q, k and v:
 
     h -- in_proj --+-- v k q -- causal conv, 4 wide -- ssd(q, k, v, a) + D v --(x)-- out_proj -->
                    +-- a = -softplus(A_log) ------------^                       |
                    +-- z -------------------------- silu(z + z_bias) -----------+
 
-ssd_kernel.py's header explains q, k, v, a and the sizes B, L, D, H, G, N, P. Two more here: K, the
-width of the convolution, and C, its channels. Parameters and config.json have the names of the
-published goombalab/Phi-Mamba, so that its weights load unchanged.
+Mamba2's docstring says what ssd computes. Sizes: B rows, L tokens, D d_model, H heads, P head_dim,
+G heads of q and k, N d_state, K the width of the convolution, C its channels. Parameters and
+config.json have the names of the published goombalab/Phi-Mamba: its weights load unchanged.
 
 It leaves out dropout, and any initialisation for training from scratch at scale. Other mixers
 subclass Mamba2 in extras/mixers.py.
@@ -121,8 +121,8 @@ class GatedMLP(nn.Module):
 # -----------------------------------------------------------------------------
 # The mixers. Each has forward(h, state, mask) -> (output, next state), h and output (B, L, D).
 #
-# state: what the mixer remembers of the text before h. None, as in training: there is none before,
-# and no next state is returned.
+# state: what the mixer remembers of the text before h. None, as in training, says that h is the
+# start of the text and that no next state is wanted: None is returned in its place.
 # mask (B, L): False at padding, which is to the right of each row's text and must leave no trace in
 # the state. None: no row has padding.
 
@@ -156,10 +156,10 @@ class Mamba2(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """MOHAWK's start: convolution and gate change nothing, and D = 1.
+        """MOHAWK's start: convolution and gate are the identity, and D = 1.
 
-        Stage 1 compares only M + diag D, so it cannot train the gate; at 1 the gate leaves its
-        result unchanged.
+        The gate is no part of M + diag D, so stage 1 cannot train it. A gate of 1 hands what
+        stage 1 has learned to stage 2 unchanged.
         """
         self.in_proj.reset_parameters()
         self.split_in_proj(self.in_proj.weight)["z"].zero_()
@@ -183,7 +183,7 @@ class Mamba2(nn.Module):
         c = self.config
         vkq, z, A_log = self.in_proj(h).split(                          # (B, L, C or H P or H)
             [self.conv1d.in_channels, self.parts["z"], self.parts["a"]], -1)
-        # Each channel becomes a weighted sum of its last K inputs: q, k, v know their neighbours.
+        # conv1d holds the weights only; causal_conv applies them, after an earlier state too.
         mixed = causal_conv(vkq, self.conv1d.weight, self.conv1d.bias, conv_state)
         v, k, q = mixed.split([self.parts["v"], self.parts["k"], self.parts["q"]], -1)
         v = v.unflatten(-1, (c.n_head, c.head_dim))                     # (B, L, H, P)
@@ -228,8 +228,9 @@ class Mamba2(nn.Module):
     def orientation(self, h, q_t, k_t, scale, window=None):
         """Stage 1's loss: h (B, L, D), and what Teacher.factors gives -> distance, size
 
-        The means over batch and heads of || P - matrix(h) ||_F and of || P ||_F, where P is the
-        teacher's softmax(q_t k_t^T scale). Computed in tiles: no (L, L) matrix is in memory.
+        The means over batch and heads of || T - matrix(h) ||_F and of || T ||_F, where T is the
+        teacher's attention matrix, softmax(q_t k_t^T scale). Computed in tiles: no (L, L) matrix is
+        in memory.
         """
         q, k, _, a, _, _ = self.project(h)
         return orientation_loss(q_t, k_t, scale, q, k, a, self.D, window, return_size=True)
@@ -405,8 +406,8 @@ class Block(nn.Module):
         u = u + mixed
         return u + self.mlp(self.post_attention_layernorm(u)), state
 
-    # Sharded training (FSDP2) gathers a layer's weights when a method of the layer is called. So
-    # what needs them without forward goes through one of these two.
+    # In sharded training (FSDP2) a layer holds its whole weights only while one of its registered
+    # methods runs: forward, and these two. So whatever else needs its weights is called by them.
 
     def orientation(self, u, *factors):
         """Stage 1's loss of this layer, given its input u: see Mamba2.orientation"""
@@ -428,6 +429,8 @@ class Generation:
     @torch.no_grad()
     def stream(self, prompts, n, temperature=0.0, top_k=None, seed=0):
         """Yields the next token of each prompt (B), n times. Arguments as in generate."""
+        if n < 1:
+            return
         logits, state = self.read(prompts, n)
         generator = torch.Generator(logits.device).manual_seed(seed)
         token = sample(logits, temperature, top_k, generator)
@@ -597,9 +600,9 @@ class SSM(nn.Module, Generation):
     def stepper(self, state, capture=None):
         """-> a function: token (B) -> logits (B, V). It updates the state between calls.
 
-        The returned logits are overwritten by the next call. capture makes one launch of a step; on
-        a GPU the default is capture_graph. A hybrid has none, because its state grows: the shapes
-        change with each step.
+        The returned logits are overwritten by the next call.
+        capture: turns a function into (replay, its output), as capture_graph does, which is the
+        default on a GPU. Not for a hybrid: its state grows, and a graph needs the same shapes.
         """
         if capture is None and state[0][0].is_cuda and not self.config.attn_layers:
             capture = capture_graph
@@ -678,7 +681,8 @@ class SSM(nn.Module, Generation):
             if file.exists():
                 weights = load_file(file)
             else:                                   # the published checkpoints
-                weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+                weights = torch.load(folder / "pytorch_model.bin", map_location="cpu",
+                                     weights_only=True)
         except Exception as error:                  # a cut or damaged file fails in many ways
             raise UsageError(f"{file} is missing, damaged or cut short: "
                              f"{first_line(error)}") from error

@@ -20,7 +20,7 @@ y can be had both ways is the duality of [1]. Each form here is tested against t
     ssd_triton      the same in one kernel, for GPUs: no (chunk, chunk) tile touches memory
     ssd_step        one token of the recurrence, for generation
 
-Names, here and in the project. Capitals are sizes, small letters tensors; i reads what j wrote:
+Names, here and in the project. Position i reads what position j wrote:
 
     here  shape          Mamba-2   attention   in plain words
     q     (B, L, G, N)   C         query       what a position reads with
@@ -28,10 +28,12 @@ Names, here and in the project. Capitals are sizes, small letters tensors; i rea
     v     (B, L, H, P)   X         value       what it writes
     a     (B, L, H)      log A-bar             log decay, <= 0
     S     (B, H, N, P)   h         (KV cache)  the state
-    M     (B, H, L, L)   L o C B^T attention   who attends to whom
+    M     (B, H, L, L)   its mask  attention   who attends to whom
+                         times C B^T
     u     (B, L, D)      u         hidden      a layer's input, before its norm
 
-B batch, L length, D model width, H heads, G groups of heads that share q and k (G divides H),
+B batch, L length, D model width (in orientation_loss D is the skip's weight, one per head, as in
+Mamba-2), H heads, G groups of heads that share q and k (G divides H),
 N state (key) width, P head (value) width, Q chunk length, V vocabulary.
 
 It leaves out: second derivatives, and head widths other than 16, 32, 64 and 128 on a GPU, where
@@ -62,8 +64,8 @@ def ssd(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_state=Fals
 
     q, k (B, L, G, N)   v (B, L, H, P)   a (B, L, H), log decay, <= 0; -inf resets the state
     initial_state (B, H, N, P), zeros if None
-    cu_seqlens (n + 1) integers from 0 to L: n documents packed in each row, the state restarts
-    at each boundary; states are then (B, n, H, N, P)
+    cu_seqlens (n + 1) integers from 0 to L, the same for all rows: n documents are packed in each
+    row, and the state restarts at each boundary; states are then (B, n, H, N, P)
     -> y (B, L, H, P) in v's dtype, or (y, final state), the state in fp32 (fp64 for fp64 inputs).
     Differentiable in every tensor. Any L >= 1. Raises ValueError for shapes that do not fit.
     Computed in the dtype of the inputs, under torch.autocast too.
@@ -149,7 +151,7 @@ def decay_matrix(a):
             [0.1250, 0.2500, 1.0000]])
     """
     W, A = running_sums(floored(a, at_least_fp32(a.dtype)))
-    gap = W[..., :, None] - W[..., None, :]             # exact, and 0 where nothing resets
+    gap = W[..., :, None] - W[..., None, :]             # W: exact, see running_sums
     gap.add_(A[..., :, None]).sub_(A[..., None, :])     # <= 0 wherever j <= i
     future = torch.ones(gap.shape[-2:], dtype=torch.bool, device=a.device).triu(1)
     return gap.masked_fill_(future, -torch.inf).exp_()  # masked before exp: no inf * 0 in backward
@@ -198,13 +200,13 @@ def ssd_chunked(q, k, v, a, initial_state=None, return_final_state=False, chunk=
     """The same y in O(L) time and memory, nearly all of it matrix products ([1] section 6).
 
         j ->   1 2 3 | 4 5 6 | 7 8 9
-      i    1   #     |       |          1 inside: a chunk reads itself, plain masked attention
-      |    2   # #   |       |          2 write:  k, v of a chunk -> what it adds to the state
-      v    3   # # # |       |          3 scan:   S_in, the state at each chunk's start
-           ----------+-------+------    4 read:   q of a chunk reads S_in
+      i    1   #     |       |          step 1, inside: a chunk reads itself, masked attention
+      |    2   # #   |       |          step 2, write:  k, v of a chunk -> what it adds to the state
+      v    3   # # # |       |          step 3, scan:   S_in, the state at each chunk's start
+           ----------+-------+------    step 4, read:   q of a chunk reads S_in
            4   . . . | #     |
-           5   . . . | # #   |          '#' is step 1; every '.' block has rank N, so steps 2-4 need
-           6   . . . | # # # |          only an N x P state per head to get through it
+           5   . . . | # #   |          '#' is step 1. A block of '.' has rank N, so steps 2 to 4
+           6   . . . | # # # |          need only the state, N x P per head, in its place
            ----------+-------+------
            7   . . . | . . . | #
     """
@@ -259,15 +261,16 @@ class Chunked(torch.autograd.Function):
             dq_i  = decay_in_i S_in dy_i + sum_j w_ij (dy_i . v_j) k_j
             dS_in = fade dS + sum_i decay_in_i q_i dy_i^T
 
-        a_t is in the exponent of every pair j < t <= i, so da_t is the sum of what the pairs across
-        t give to (y, dy). There are four kinds, by where the two ends lie:
+        a_t is in the exponent of every pair j < t <= i. So da_t is the part of <y, dy>, the sum of
+        y times dy, that comes from these pairs. There are four kinds, by where their ends lie:
             j before the chunk, i after it    da_through, the same for all t of the chunk
             j before, i in the chunk          da_in_i = q_i . (S_in's part of dq_i), for i >= t
             j in the chunk, i after           da_out_j = v_j . (dS's part of dv_j), for j < t
-            both in the chunk                 R_ij = w_ij (q_i . k_j) (dy_i . v_j); the sum over
-                                              i >= t of row i less column i leaves j < t <= i
-        Each sum starts at a border of its chunk: in one sum of q . dq - k . dk over the sequence
-        rounding would add up over L.
+            both in the chunk                 R_ij = w_ij (q_i . k_j) (dy_i . v_j). The sum over
+                                              i >= t of (row i of R - column i of R): what has
+                                              both ends at t or later cancels
+        A shorter formula is one sum of q . dq - k . dk over the whole sequence. Its rounding errors
+        would grow with L, so each sum here stays in its chunk.
         """
         q, k, v, a, *states = ctx.saved_tensors
         Q = ctx.Q
@@ -333,7 +336,7 @@ def scan_states(fade, writes, S, reverse=False):
 #             which the forward stores every STATE_EVERY tokens, and scans it up from there.
 #
 # A program works on one piece of the sequence: a document, or a part of one where there are too few
-# heads to fill the GPU. What a piece adds to the state behind it is summed up by a kernel before.
+# heads to fill the GPU. What each piece adds to the state is computed first, by another kernel.
 # No (Q, Q) tile reaches memory. Programs share no output: two runs give the same bits. Exponents
 # are to base 2, which the hardware has, and of differences <= 0.
 
@@ -348,9 +351,12 @@ def jit(function):
 
 @jit
 def program_range(cu, L, n_docs, H, PIECES: tl.constexpr, STATE_EVERY: tl.constexpr):
-    """What this program works on: head, piece, row of the batch; the document's start, the piece's
-    first and last + 1 position; the index of its state and of its document's first stored state.
-    Offsets have 64 bits, since B L H P may pass 2^31."""
+    """What this program works on
+
+    -> the head, the piece, the offset of its batch row's first token, the document's start, the
+    piece's first position and last + 1, the index of its state, the index of its document's first
+    stored state. Offsets have 64 bits, since B L H P may pass 2^31.
+    """
     doc = tl.program_id(0) // PIECES
     piece = tl.program_id(0) % PIECES
     h = tl.program_id(1)
@@ -375,7 +381,7 @@ def tile(x, t, heads: tl.constexpr, h, Q: tl.constexpr, W: tl.constexpr):
 
 @jit
 def state_at(x, n, N: tl.constexpr, P: tl.constexpr):
-    """-> pointers (N, P) to the n-th state in x"""
+    """-> pointers (N, P) to the n-th state in x: a state is N rows of one head"""
     return tile(x, n * N, 1, 0, N, P)
 
 
@@ -406,7 +412,10 @@ def dot(x, y, plus, FP32: tl.constexpr):
 
 @jit
 def advance(S, x, z, log_decay, total, FP32: tl.constexpr):
-    """Steps 2 and 3: S, faded by a chunk, and what the chunk's x (Q, N) and z (Q, P) write to it"""
+    """Steps 2 and 3: S, faded by a chunk, plus what the chunk writes
+
+    x (Q, N), z (Q, P): k and v, for S; q and dy for its gradient dS
+    """
     x = (x * tl.exp2(log_decay)[:, None]).to(x.dtype)
     return dot(tl.trans(x), z, S * tl.exp2(total), FP32)
 
@@ -420,7 +429,7 @@ def piece_kernel(x, z, a, cu, writes, fades, L, n_docs, H: tl.constexpr, G: tl.c
     g = h // (H // G)
     i = tl.arange(0, Q)
     S = tl.zeros((N, P), tl.float32)
-    fade = 0.0                                                          # log2
+    log_fade = 0.0                                                      # to base 2
     chunks = tl.cdiv(hi - lo, Q)
     for c in range(chunks):
         t = lo + (chunks - 1 - c if BACKWARD else c) * Q
@@ -429,10 +438,10 @@ def piece_kernel(x, z, a, cu, writes, fades, L, n_docs, H: tl.constexpr, G: tl.c
         x_c = read(x, row + t, inside, G, g, Q, N)
         z_c = read(z, row + t, inside, H, h, Q, P)
         S = advance(S, x_c, z_c, A if BACKWARD else total - A, total, FP32)
-        fade += total
+        log_fade += total
     at = state * PIECES + piece
     tl.store(state_at(writes, at, N, P), S)
-    tl.store(fades + at, fade)
+    tl.store(fades + at, log_fade)
 
 
 @jit
@@ -516,7 +525,8 @@ def backward_kernel(q, k, v, a, cu, states, dy, dS1, writes, fades, dq, dk, dv, 
         dq_c = dot(dM.to(k_c.dtype), k_c, dq_c, FP32)
         write(dq, row + t, inside, H, h, dq_c, Q, N)
 
-        # dv and dk, from what read them: the future of the chunk, and the state behind it
+        # dv and dk, from what read them: later tokens of the chunk, and the state after it. M and
+        # dM again, with rows and columns exchanged: a product costs less than a transpose here.
         future = tl.where(i[:, None] <= i[None, :], A[None, :] - A[:, None], float("-inf"))
         M = dot(k_c, tl.trans(q_c), None, FP32) * tl.exp2(future)       # (Q j, Q i)
         dv_c = dot(k_c, dS.to(k_c.dtype), None, FP32) * decay_out
@@ -558,11 +568,13 @@ def configuration(N, P, dtype, arch):
 
     Chosen so that nothing spills: `python test_ssd.py 90` prints what each takes on sm_90. S (N, W)
     stays in registers: 2,048 numbers are 16 for each thread of 4 warps, and a thread has 255 for
-    everything. fp32 needs short chunks besides: 16 resets add up to 16 * 112 / ln 2 = 2,600, where
-    a running sum still has four decimals. At 16 bits q, k and v have fewer.
+    everything. fp32 needs short chunks besides, because `decays` is one plain running sum: 16
+    resets add up to 16 * 112 / ln 2 = 2,600, where fp32 still has four decimals. bf16 and fp16
+    inputs have fewer anyway.
     """
     if dtype == torch.float32:
-        tiles = 16, 8 if N > 64 else 4, 1
+        warps = 8 if N > 64 else 4
+        tiles = 16, warps, 1
         return min(P, 2048 // N, 32), tiles, tiles
     if arch < 90:
         return min(P, 2048 // N, 64), (64, 8, 1), (16, 8, 1)
@@ -776,14 +788,16 @@ def orientation_loss(q_t, k_t, scale, q, k, a, D, window=None, return_size=False
     -> a scalar; with return_size also the mean norm of the teacher's matrix, which is the distance
     of a student that outputs zeros.
 
-    No L x L matrix exists: rows of E = M + diag D - softmax are made and used up in blocks. All
-    gradients are linear in one over the norm, which is known only at the end, so the one pass
-    leaves them behind unscaled:
+    No L x L matrix exists: rows of E = M + diag D - softmax are made and used up in blocks. Each
+    gradient is the one below over || E ||, which is known only at the end, so they are scaled then:
         dq = (E o decay) k    dk = (E o decay)^T q    dD = trace E
         dA_i = sum_j (E o M)[i, j] - sum_j (E o M)[j, i]
     with A the running sum of a, hence da = reverse cumulative sum of dA.
     """
+    if backend not in ("auto", "triton", "blocked"):
+        raise ValueError(f"backend {backend!r}: choose auto, triton or blocked")
     if backend == "auto":
+        # both widths, q's and q_t's, must be among SIZES
         fits = q.is_cuda and why_not_triton(q, k_t.shape[-1]) is None
         backend = "triton" if fits else "blocked"
     window = min(window or a.shape[1], a.shape[1])
@@ -860,8 +874,8 @@ def orientation_blocked(q_t, k_t, scale, window, q, k, a, D):
         target = q_t[:, :, i:j] @ k_t[:, :, :j].mT * scale              # (B, H, rows, j)
         unseen = future | torch.ones_like(future).tril(i - window)      # and beyond the window
         target = target.masked_fill_(unseen, -torch.inf).softmax(-1)
-        # Counted from row i, in fp64, the running sums may go to fp32: far from i they are
-        # large, but fade to 0.
+        # The differences from row i are taken in fp64, then rounded to fp32. What is far from i is
+        # large and loses digits, but its decay is 0.
         W_i, A_i = ((x[:, :, :j] - x[:, :, i, None]).to(dtype) for x in (W, A))     # (B, H, j)
         gap = W_i[..., i:, None] - W_i[..., None, :]
         gap.add_(A_i[..., i:, None]).sub_(A_i[..., None, :])
@@ -1072,8 +1086,8 @@ def cache_blocks(v, N, Q):
 
 
 class Product(torch.autograd.Function):
-    """x @ y, in their dtype. Of what the forms compute, autocast would round the matrix products
-    only: those of the forward and, where it surrounds the backward too, those of the gradient."""
+    """x @ y, in their dtype, under torch.autocast too: it would round matrix products to bf16, in
+    the forward and, where it surrounds the backward, in the gradient."""
 
     @staticmethod
     @outside_autocast
@@ -1105,7 +1119,7 @@ def running_sums(a, dim=-1):
     """a, floored -> W and A, whose sum is the running sum of a along dim.
 
     The decay between two tokens is a difference of running sums. In one sum a reset, say a = -100,
-    would cost every token behind it digits of its own small decay. So the multiples of 16 in a are
+    would cost every later token digits of its own small decay. So the multiples of 16 in a are
     summed by themselves: W has no rounding error, and A is as small as without resets. Where
     nothing is below -16 (e^-16 is the last digit of an fp32 number) W is 0.
     """
