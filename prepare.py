@@ -8,15 +8,18 @@ The result is one folder. It gets its name only when it is complete. If the comm
 same command goes on from data/.<name>.partial and ends with the same bytes:
 
     data/<name>/train_00000.bin ...   only token ids, uint16 (uint32 if the vocabulary needs it)
-                val.bin               every 25th token or so, in complete documents, for validation
-                                      (a text file of more than 65,536 characters counts as several
-                                      documents, and so does any document of more tokens than that)
+                val.bin               for validation: every 25th token or so, in complete documents,
+                                      until it has 4 million (a text file of more than 65,536
+                                      characters counts as several documents, and so does any
+                                      document of more tokens than that)
                 meta.json             tokenizer, vocabulary, counts, source, every shard's checksum
 
     document | <|endoftext|> | document | <|endoftext|> | ...   packed end to end, read in windows
 
 Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark. What cannot be read becomes U+FFFD. The
 last line of output counts these, and the files that were left out.
+
+A teacher's name stands for its tokenizer. The default, "tiny", reads bytes.
 
 The order of the training windows depends on (seed, epoch) alone. So a position in the data is one
 number, the count of windows before it, and a run can resume anywhere.
@@ -66,7 +69,7 @@ from model_teacher import resolve_name
 SHARD_TOKENS = 10**8    # 200 MB a shard in uint16
 PIECE = 2**16           # characters read at once, so that memory does not depend on a file's size
 BATCH = 2**20           # characters tokenised at once
-SAVE_SECONDS = 5        # between two saves: what a kill can cost, and how much memory they need
+SAVE_SECONDS = 5        # between two saves: a kill costs at most this much work
 HELD_OUT = 0.04         # share of the tokens that go to val.bin
 HELD_OUT_MOST = 2**22   # and its largest size
 
@@ -77,6 +80,7 @@ HELD_OUT_MOST = 2**22   # and its largest size
 END_OF_TEXT = "<|endoftext|>"
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 BLANK = 2**16           # tiktoken panics in runs of white space of some eight times this length
+# A text on which tokenizers differ: code, accents, a tab, two spaces, part of a special token
 PROBE = ("def f(x):\n    return 'naïve' + str(3.14)\t# The  quick — brown fox\n\n"
          + END_OF_TEXT[:5])
 
@@ -115,7 +119,7 @@ class Tokenizer:
                              "(with no network: python distill.py --preset tiny)") from error
         self.tiktoken = gpt2_encoding(self.hf)    # the same ids, several times as fast, or None
         vocabulary = self.hf.get_vocab()
-        # eos is the second choice, because a chat model's ends a turn.
+        # eos is the second choice, because in a chat model it ends a turn, not a text.
         self.eot = vocabulary.get(END_OF_TEXT, self.hf.eos_token_id)
         if self.eot is None:
             raise UsageError(f"the tokenizer of {self.name} has no end-of-text token "
@@ -124,7 +128,8 @@ class Tokenizer:
         # encode_batch gives text no special id, except the one that stands for the unknown.
         text_ids = set(vocabulary.values()) - special
         self.vocab_size = max(text_ids | {self.eot, self.hf.unk_token_id or 0}) + 1
-        # Only special ids of the model's files count: a default of transformers may be any letter.
+        # Only ids that are special to the tokenizer count. A config.json that names none gets a
+        # default from transformers, such as 2, which may be a letter here.
         ends = {self.eot, self.hf.eos_token_id} | (end_tokens(path) & special)
         self.stop_ids = tuple(sorted(ends - {None}))
 
@@ -177,8 +182,11 @@ def without_surrogates(text):
 
 
 def has_long_blank(text):
-    """Is there a run of 2 BLANK white characters? It contains one of BLANK that starts at a
-    multiple of BLANK, so looking there is enough."""
+    """True for every run of 2 BLANK white characters, and for some shorter ones.
+
+    A run so long contains one of BLANK that starts at a multiple of BLANK: it is enough to look
+    there.
+    """
     return any(text[i:i + BLANK].isspace() for i in range(0, len(text) - BLANK + 1, BLANK))
 
 
@@ -275,8 +283,9 @@ def gpt2_encoding(hf):
 
 UNREADABLE = "\udcff"       # stands for bytes that are not in the encoding, until they are counted
 MOST_UNREADABLE = 0.25      # share of a file's beginning: more is another encoding, or no text
-END = b"\xff"               # of a document, in the checksum of a text: no byte of UTF-8
-MARKS = {codecs.BOM_UTF8: "utf-8",      # UTF-32's begins like UTF-16's and must be tried before it
+END = b"\xff"               # marks a document's end in a text's crc32: never a byte of UTF-8
+# Byte order marks. That of UTF-32-LE begins with that of UTF-16-LE, so it is tried first.
+MARKS = {codecs.BOM_UTF8: "utf-8",
          codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
          codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 codecs.register_error("unreadable", lambda error: (UNREADABLE, error.end))
@@ -722,13 +731,13 @@ def with_progress(error, folder, partial):
 def write_shards(documents, partial, tokenizer, meta, processes):
     """Write shards from meta["place"] on to the end of the text or the budget, and update `meta`.
 
-    A document goes to val.bin whenever that has less than HELD_OUT of the tokens so far. So the
-    documents for validation come evenly from all over the text.
+    A document goes to val.bin whenever that has less than HELD_OUT of the tokens so far, up to
+    HELD_OUT_MOST. So until then the documents for validation come evenly from the text.
     """
     budget = meta["budget"]
     unsaved = {"train": [], "val": []}              # arrays of ids
     saved = time.perf_counter()
-    # Without a place nothing is left: an earlier call was killed just before its partial.rename().
+    # No "place": all is saved. An earlier call was killed just before its partial.rename().
     batches = documents.batches(meta) if "place" in meta else iter(())
     with (contextlib.closing(encoded(batches, tokenizer, processes)) as stream,
           tqdm(total=budget, initial=meta["train_tokens"], unit=" tokens", unit_scale=True,
@@ -760,7 +769,8 @@ def write_shards(documents, partial, tokenizer, meta, processes):
 def parts_of(pieces, eot):
     """Split each long document: otherwise all of it would be for training, or for validation.
 
-    Of 25 parts write_shards takes one for validation, which is HELD_OUT. Text files come in pieces.
+    Into 25 parts or more, so that write_shards holds out about one of them, which is HELD_OUT. A
+    long text file was split by read_text already.
     """
     for ids in pieces:
         parts = 1
@@ -783,9 +793,10 @@ def save(partial, meta, unsaved):
 
 
 def append(folder, split, ids, shards):
-    """Write `ids` after what `shards`, {name: {"tokens", "crc32"}}, counts, and count them there.
+    """Append `ids` to the last shard, opening a new one when it is full, and count them in `shards`
 
-    What a file has beyond is of a run that was killed before it counted it, and is overwritten.
+    shards: {name: {"tokens", "crc32"}}. A file with more tokens than are counted here is of a run
+    that was killed in between: the surplus is overwritten.
     """
     while len(ids):
         name, shard = next(reversed(shards.items()), (None, None))
@@ -888,7 +899,7 @@ class Tokens:
         return sum(map(len, self.shards))
 
     def largest_id(self, rows):
-        """The largest token id if it may lie beyond a model's `rows`, else 0, without a search"""
+        """0 if the vocabulary fits a model's `rows` of embeddings, else the largest id in use"""
         if self.meta["vocab_size"] <= rows:
             return 0
         return max(int(shard.max()) for shard in self.shards)
