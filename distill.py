@@ -695,6 +695,8 @@ class Run:
     """
 
     def __init__(self, args):
+        if args.optimizer == "adamw8bit" and not importlib.util.find_spec("torchao"):
+            raise UsageError("--optimizer adamw8bit needs torchao: pip install torchao")
         self.args, self.folder = args, run_folder(args)
         self.device, self.bf16, why = choose_device(args.device, args.fp32)
         self.rank, self.world = init_processes(self.device)
@@ -1152,10 +1154,7 @@ def parse(arguments=None):
     parser = Parser(__doc__ + MORE)
     add_method_flags(parser.add_argument)
     add_run_flags(parser.add_argument)
-    args = resolve(parser.parse_args(arguments))
-    if args.optimizer == "adamw8bit" and not importlib.util.find_spec("torchao"):
-        raise UsageError("--optimizer adamw8bit needs torchao: pip install torchao")
-    return args
+    return resolve(parser.parse_args(arguments))
 
 
 MORE = """

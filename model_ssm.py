@@ -406,8 +406,8 @@ class Block(nn.Module):
         u = u + mixed
         return u + self.mlp(self.post_attention_layernorm(u)), state
 
-    # In sharded training (FSDP2) a layer holds its whole weights only while one of its registered
-    # methods runs: forward, and these two. So whatever else needs its weights is called by them.
+    # In sharded training (FSDP2) a module holds its whole weights only while one of its registered
+    # methods runs: of a layer forward and these two. What else needs its weights goes through call.
 
     def orientation(self, u, *factors):
         """Stage 1's loss of this layer, given its input u: see Mamba2.orientation"""
@@ -526,6 +526,10 @@ class SSM(nn.Module, Generation):
 
     def head(self, h):
         return self.lm_head(h)                                                      # (..., V)
+
+    def call(self, f, *args):
+        """f(self, *args): any other function of the model's weights, see Block.call"""
+        return f(self, *args)
 
     def outputs(self, tokens):
         """tokens (B, L) -> the output of each layer, before the final norm: n_layer x (B, L, D)"""

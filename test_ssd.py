@@ -1210,8 +1210,9 @@ def test_the_tiny_teacher_learns_and_is_an_ordinary_folder(tmp_path, data_folder
     events, tokenizer = [], Tokenizer("bytes")
     model_teacher.train_tiny(Tokens(data_folder), tokenizer, events.append, tokens=40 * 512,
                              folder=tmp_path / "teacher", batch=8, context=64)
-    # Knowing nothing scores log 257. The text is this project's own, so the margins are wide.
-    assert events[-1]["loss"] < events[0]["loss"] < math.log(257) - 1
+    # Knowing nothing scores log 257 = 5.5. A batch of 512 tokens differs from the next by some 0.2,
+    # and the text is this project's own, which changes: so the margin is wide.
+    assert max(event["loss"] for event in events) < math.log(257) - 1.5
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
     assert isinstance(stock, transformers.PhiForCausalLM) and 1.5e6 < stock.num_parameters() < 2.5e6
     hf = transformers.AutoTokenizer.from_pretrained(tmp_path / "teacher")
@@ -2957,6 +2958,12 @@ def test_moments_of_8_bits_learn_and_come_back_from_a_kill(
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 # Phi-1.5 is their teacher where --teacher names none.
 def test_weights_of_no_run_are_evaluated_as_the_papers(
         tmp_path, teacher_folder, data_folder, capsys, offline):
@@ -3058,7 +3065,6 @@ MISTAKES = {
     "--lr 0": "--lr: 0 is not above 0",
     "--lr 1e-3 nan 1e-3": "--lr: nan is not a number from 0",
     "--lr inf": "--lr: inf is not",
-    "--control_lr 0": "not above 0",
     "--warmup -0.1": "not a number from 0 to 1",
     "--warmup nan": "not a number from 0 to 1",
     "--decay 1.5": "not a number from 0 to 1",
@@ -3159,7 +3165,7 @@ def test_a_number_that_prepare_cannot_mean_is_one_line(mistake, tmp_path, monkey
 @pytest.mark.parametrize("mistake, complaint", [
     ("--temperature nan", "greedy"), ("--temperature inf", "greedy"), ("--seed -1", "from 0 on"),
     ("--seed 2**64", "from 0 on"), ("--context inf", "from 1 on"), ("--top_k 0", "from 1 on"),
-    ("--eval_tokens -5", "from 1 on"), ("--limit nan", "from 1 on"), ("--length 0", "from 1 on")])
+    ("--eval_tokens -5", "from 1 on"), ("--length 0", "from 1 on")])
 def test_a_number_that_eval_cannot_mean_is_one_line(mistake, complaint):
     with pytest.raises(UsageError, match=complaint) as error:
         evaluation.parse(["run", *mistake.split()])
@@ -3201,8 +3207,7 @@ def test_all_of_it_runs_where_files_and_the_terminal_are_in_ascii_by_default(
 
 
 @pytest.mark.parametrize("command, broken", [
-    ("prepare.py", "stdout"), ("distill.py --plan --preset phi", "stdout"),
-    ("prepare.py --data ./nowhere", "stderr")])
+    ("prepare.py", "stdout"), ("prepare.py --data ./nowhere", "stderr")])
 def test_where_nobody_reads_on_a_program_ends_without_a_word(tmp_path, command, broken):
     program, *rest = command.split()
     ours, theirs = os.pipe()

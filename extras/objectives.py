@@ -166,7 +166,7 @@ def all_outputs(teacher, tokens):
 def relations(student, teacher, tokens, relation_layer=None, relation_heads=None):
     """self-attention relations: in the last layer q, and k, and v, relate as the teacher's do"""
     layer = relation_layer_of(len(teacher.decoder.layers), relation_layer)
-    qkv = student_heads(student, tokens)
+    qkv = student.call(student_heads, tokens)
     qkv_t = teacher_heads(teacher, layer, tokens)
     total = 0
     uniform_total = 0

@@ -509,12 +509,6 @@ CHOICE = {"output_type": "multiple_choice", "doc_to_choice": "choices",
           "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
 def both_models(run, teacher_folder):
     return {"teacher": Teacher.load(str(teacher_folder)),
             "student": SSM.from_pretrained(run / "stage3").eval()}
