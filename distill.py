@@ -115,7 +115,8 @@ def knowledge_distillation(student, teacher, tokens, loss="kl", temperature=1.0,
     next_token = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()     # (B L), -100: unknown
     # The logits of some thousand tokens at a time, made again in the backward: no (B L, V) tensor
     # exists.
-    rows, parts = max(1, LOGITS_AT_ONCE // student.config.vocab_size), []
+    rows = max(1, LOGITS_AT_ONCE // student.config.vocab_size)
+    parts = []
     for part in zip(h.split(rows), h_t.split(rows), next_token.split(rows), strict=True):
         parts.append(checkpoint(distillation_sums, student, teacher, *part, temperature,
                                 hard_weight > 0, use_reentrant=False))
@@ -262,7 +263,8 @@ def train(run, name, stage, student, teacher, data, offset, budget):
     name: what the log calls it   stage: a row of STAGES   budget: tokens, batch, lr, micro_batch
     -> the seconds it took. Of several processes each reads its own windows of the same batches.
     """
-    args, B, L, world = run.args, budget.micro_batch, run.args.context, run.world
+    args = run.args
+    B, L, world = budget.micro_batch, args.context, run.world
     params = choose_trainable(student, stage)                           # {name: parameter}
     frozen_rows = find_frozen_rows(student, stage)
     optimizer = make_optimizer(params, args)
@@ -358,7 +360,8 @@ def load_or_init_student(run, stage, previous, teacher, calibration_tokens):
 
     -> the student, {"tokens", "seconds"} spent on it so far
     """
-    args, folder = run.args, run.folder / f"stage{previous}"
+    args = run.args
+    folder = run.folder / f"stage{previous}"
     if folder.exists():
         student = SSM.from_pretrained(folder)
         about = read_about(folder)
@@ -388,14 +391,14 @@ def mismatch(config, about, teacher, args):
         return (f"was distilled from {about.get('teacher')}, whose weights are not those of "
                 f"{teacher.name}: choose another --out, or run the stages before it again")
     if config.n_layer != len(teacher.layers):
-        return (f"has {config.n_layer} layers, this run asks for {len(teacher.layers)}: choose "
+        return (f"has {config.n_layer} layers, this run has {len(teacher.layers)}: choose "
                 "another --out, or --n_layer")
     attn_layers = layer_numbers(args.attn_layers, len(teacher.layers))
     if args.attn_layers is not None and attn_layers != config.attn_layers:
-        return (f"keeps attention in layers {config.attn_layers}, --attn_layers asks for "
+        return (f"keeps attention in layers {config.attn_layers}, --attn_layers is "
                 f"{attn_layers}: choose another --out")
     if args.mixer != config.mixer:
-        return (f"has {config.mixer} mixers, --mixer asks for {args.mixer}: choose another --out, "
+        return (f"has {config.mixer} mixers, --mixer is {args.mixer}: choose another --out, "
                 f"or --mixer {config.mixer}")
 
 
@@ -619,7 +622,8 @@ def flops_per_token(config, hf, stage, L):
     qkvo = 2 * D * config.d_inner + 2 * D * config.n_kv_head * P
     scores = 2 * L * config.d_inner                         # causal: half of 4 L H P
     head = config.vocab_size * D
-    in_proj, out_proj = D * (2 * config.d_inner + 2 * config.n_qk_head * N + H), D * config.d_inner
+    in_proj = D * (2 * config.d_inner + 2 * config.n_qk_head * N + H)
+    out_proj = D * config.d_inner
     conv = 2 * config.d_conv * (config.d_inner + 2 * config.n_qk_head * N)
     Q = chunk_length(P)
     ssd = H * (2 * Q * (N + P) + 4 * N * P)
@@ -812,7 +816,8 @@ def is_finished(args):
     if args.fresh or (folder / "last").exists() or not all(path.exists() for path in needed):
         return False
     about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    before, now = recipe_of_arguments(about["arguments"]), recipe_of_arguments(vars(args))
+    before = recipe_of_arguments(about["arguments"])
+    now = recipe_of_arguments(vars(args))
     return not differences(before, now)
 
 
@@ -894,7 +899,8 @@ class Checkpoints:
 
     def find_unfinished(self, recipe, fresh):
         """Read what is here of an unfinished run, which must have this recipe. Changes no file."""
-        self.recipe, path = json.loads(json.dumps(recipe)), self.folder / "run.json"
+        self.recipe = json.loads(json.dumps(recipe))
+        path = self.folder / "run.json"
         if fresh or not path.exists():
             return
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -957,8 +963,8 @@ class Checkpoints:
         except Exception as error:          # a full disk is an error of half a dozen types
             partial.unlink(missing_ok=True)
             raise UsageError(f"{self.folder}/{name}-{step} could not be saved ({error}); the state "
-                             "before it is kept: make room, and the same command goes on from "
-                             "there") from error
+                             "before it is still there: make room, and the same command goes "
+                             "on from it") from error
         for old in self.states(name)[2:]:
             old.unlink()
 
@@ -1011,7 +1017,8 @@ def peak_of(device, bf16):
     for name, (peak, _) in GPUS.items():
         if device == "cuda" and name in torch.cuda.get_device_name():
             return peak, f"what {name} promises in bf16"
-    n, times = 1024 if device == "cpu" else 8192, []
+    n = 1024 if device == "cpu" else 8192
+    times = []
     x = torch.ones(n, n, dtype=torch.bfloat16 if bf16 else torch.float32, device=device)
     for _ in range(10):
         start = time.perf_counter()
@@ -1171,7 +1178,7 @@ beside the method (each has a -h of its own):
 
 def add_method_flags(add):
     """What is distilled, from what, and by which recipe"""
-    add("--preset", choices=PRESETS, help="a whole recipe [phi where CUDA is, else tiny]")
+    add("--preset", choices=PRESETS, help="a recipe [phi where CUDA is, else tiny]")
     add("--stage", type=int, nargs="+", help="stages to run [1 2 3; with --objective 2 3]")
     add("--teacher", help="a Hugging Face id or folder, a .gguf file, smollm2, or tiny")
     add("--data", type=source_of_text, help="stdlib, a file or folder of text, JSONL or Parquet, "

@@ -418,7 +418,7 @@ def test_a_run_remembers_its_mixer(tmp_path, teacher_folder, data_folder, capsys
     assert ", mixer gated_deltanet, init qkv | " in capsys.readouterr().out
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     assert about["arguments"]["mixer"] == "gated_deltanet"
-    with pytest.raises(UsageError, match="has gated_deltanet mixers, --mixer asks for mamba2"):
+    with pytest.raises(UsageError, match="has gated_deltanet mixers, --mixer is mamba2"):
         distill.main([*command, "3"])
     with pytest.raises(UsageError, match="--init fit is for --mixer mamba2"):
         distill.main([*command, "3", "--init", "fit", "--mixer", "gla"])
@@ -1240,7 +1240,7 @@ def test_a_mistake_in_a_studys_flags_is_one_line(
 def test_a_stage_of_another_depth_is_refused(tmp_path, teacher_folder, data_folder):
     command = flags(tmp_path / "run", teacher_folder, data_folder, "--tokens", "256")
     distill.main([*command, "--stage", "2", "--n_layer", "2"])
-    with pytest.raises(UsageError, match="has 2 layers, this run asks for 3"):
+    with pytest.raises(UsageError, match="has 2 layers, this run has 3"):
         distill.main([*command, "--stage", "3"])
 
 
