@@ -3276,6 +3276,8 @@ def test_every_command_in_the_readme_and_the_headers_parses():
     assert len(commands_of_the_readme()) >= 6
     for command in commands:
         program, *rest = shlex.split(command)[1:]
+        if {"--objective", "--mixer"} & set(rest) and not (HERE / "extras").is_dir():
+            continue                            # these two are looked up there
         if program in parsers and "-h" not in rest:
             parsers[program].parse(rest)
         else:
