@@ -12,7 +12,7 @@ triangular:
                  a decay mask instead of softmax; one state S stands for all of k and v
 
 because SSD is also a recurrence:  S_t = e^(a_t) S_(t-1) + k_t v_t^T,  y_t = q_t S_t.  That the same
-y can be had both ways is the duality of [1]. Each form here is tested against the one above it:
+y can be had both ways is the duality of [1]. Every other form is tested against the first:
 
     ssd_recurrent   the definition, token by token                         O(L) steps
     ssd_naive       M in full: masked attention with a decay               O(L^2) memory
@@ -567,10 +567,10 @@ def configuration(N, P, dtype, arch):
     """-> columns of v per program; (chunk, warps, pipeline stages) of forward and of backward
 
     Chosen so that nothing spills: `python test_ssd.py 90` prints what each takes on sm_90. S (N, W)
-    stays in registers: 2,048 numbers are 16 for each thread of 4 warps, and a thread has 255 for
-    everything. fp32 needs short chunks besides, because `decays` is one plain running sum: 16
-    resets add up to 16 * 112 / ln 2 = 2,600, where fp32 still has four decimals. bf16 and fp16
-    inputs have fewer anyway.
+    stays in registers: it has at most 4,096 numbers, which is 32 for each thread of 4 warps, and a
+    thread has room for 255 in all. fp32 needs short chunks besides, because `decays` is one plain
+    running sum: 16 resets add up to 16 * 112 / ln 2 = 2,600, where fp32 still has four decimals.
+    bf16 and fp16 inputs have fewer anyway.
     """
     if dtype == torch.float32:
         warps = 8 if N > 64 else 4
