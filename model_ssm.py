@@ -1,6 +1,6 @@
 """The student: a language model with its teacher's layers, and Mamba-2 where attention was.
 
-Run:  python eval.py out/tiny --prompt "def "      # after `python distill.py`: the student writes
+Run:  python eval.py out/tiny --prompt "def "      # after `python distill.py`: continues the prompt
 
 Two shapes of block cover the teachers. A mixer moves information along the sequence, an MLP works
 on each position:
@@ -9,18 +9,24 @@ on each position:
     Llama, Mistral, Qwen, SmolLM    u = u + mixer(RMSNorm(u))
                                     u = u + gated MLP(RMSNorm(u))
 
-u (B, L, D) is the hidden state that passes from layer to layer, h a mixer's input.
+u (B, L, D) is the hidden state that passes from layer to layer, h a mixer's input. A student that
+keeps the teacher's attention in some layers is a hybrid. distill.py trains the student to match its
+teacher in MOHAWK's three stages [2]: stage 1 matches the mixing matrix of each mixer (see Mamba2),
+stage 2 the output of each layer, stage 3 the predictions.
 
-The mixer is MOHAWK's discrete Mamba-2 ([2] section 3). Mamba-2 [1] makes a head's decay from a time
-step and a learned rate; here in_proj gives it from h, as it gives q, k and v:
+The mixer is MOHAWK's discrete Mamba-2 ([2] section 3). e^a, with a <= 0, is the share of a head's
+memory that survives a token. Mamba-2 [1] makes a from a time step and a learned rate; here in_proj
+computes it from h, through A_log, as it computes q, k and v:
 
     h -- in_proj --+-- v k q -- causal conv, 4 wide -- ssd(q, k, v, a) + D v --(x)-- out_proj -->
-                   +-- a = -softplus(A_log) ------------^                       |
+                   +-- A_log -- a = -softplus(A_log) ---^                       |
                    +-- z -------------------------- silu(z + z_bias) -----------+
 
-Mamba2's docstring says what ssd computes. Sizes: B rows, L tokens, D d_model, H heads, P head_dim,
-G heads of q and k, N d_state, K the width of the convolution, C its channels. Parameters and
-config.json have the names of the published goombalab/Phi-Mamba: its weights load unchanged.
+ssd (state-space duality [1], ssd_kernel.py) moves information along the sequence; Mamba2's
+docstring says how. (x) multiplies elementwise: z is a gate. D v skips ssd; this D is a parameter,
+one number per head. Sizes: B rows, L tokens, D d_model, H heads, P head_dim, G heads of q and k,
+N d_state, K the width of the convolution, C its channels. Parameters and config.json have the names
+of the published goombalab/Phi-Mamba: its weights load unchanged.
 
 It leaves out dropout, and any initialisation for training from scratch at scale. Other mixers
 subclass Mamba2 in extras/mixers.py.
@@ -47,7 +53,7 @@ from ssd_kernel import at_least_fp32, mixing_matrix, orientation_loss, ssd, ssd_
 
 SILU_IS_ONE = 1.278464542761    # silu of this is 1: the gate silu(z + z_bias) is open at z = 0
 PREFILL = 2048                  # tokens of a prompt read at once: memory is flat in its length
-NEVER = 2**30                   # the position of padding: no query comes as late, so none sees it
+NEVER = 2**30                   # padding's position: after all others, so no query sees it
 
 
 def phi_frequencies(head_dim):
@@ -74,7 +80,7 @@ class Config:
     n_qk_head: int = 32             # G. MOHAWK: q and k per head. Plain Mamba-2: one shared pair
     d_state: int = 64               # N
     d_conv: int = 4                 # K
-    # attention, in the layers that keep it
+    # attention, in the layers of a hybrid that keep it
     attn_layers: tuple = ()
     n_kv_head: int = 32
     inv_freq: tuple = phi_frequencies(64)           # rotary embedding
@@ -119,7 +125,9 @@ class GatedMLP(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# The mixers. Each has forward(h, state, mask) -> (output, next state), h and output (B, L, D).
+# The mixers. Each has forward(h, state, mask) -> (output, next state), h and output (B, L, D), and
+# initial_state(B). A mixer in Mamba2's place also needs Mamba2's other methods and its attributes,
+# which the starts (INITS) write to: to add one, subclass Mamba2 as extras/mixers.py does.
 #
 # state: what the mixer remembers of the text before h. None, as in training, says that h is the
 # start of the text and that no next state is wanted: None is returned in its place.
@@ -129,13 +137,13 @@ class GatedMLP(nn.Module):
 class Mamba2(nn.Module):
     """Discrete Mamba-2: it moves information along the sequence, in attention's place.
 
-    Attention computes y = M v with the mixing matrix M = softmax(q k^T / sqrt(N)). To extend it by
-    a token, all earlier k and v are needed. Mamba-2 also computes y = M v, with
+    Causal attention computes y = M v with the mixing matrix M = softmax(q k^T / sqrt(N)), N the
+    width of q and k. For the next token it needs all earlier k and v. Mamba-2 computes y = M v with
 
         M[i,j] = (q_i . k_j) e^(a_(j+1) + ... + a_i)    for j <= i, else 0          [1] eq. 6
 
-    Decays replace the softmax: a_t <= 0, so e^(a_t) is the share that survives step t. The same y
-    comes out of a recurrence, in which N x P numbers per head, the state S, hold all of the past:
+    Decays e^(a_t) replace the softmax. The same y comes out of a recurrence, in which N x P numbers
+    per head, the state S, hold all of the past:
 
         S_t = e^(a_t) S_(t-1) + k_t v_t^T       y_t = q_t S_t
     """
@@ -144,14 +152,14 @@ class Mamba2(nn.Module):
         super().__init__()
         self.config = config
         qk = config.n_qk_head * config.d_state                          # G N
-        # How many rows of in_proj make each part. Mamba-2 calls them x, B, C, z and dt.
+        # How many rows of in_proj make each part. Mamba-2 calls them x, B, C, z, dt, in order.
         self.parts = {"v": config.d_inner, "k": qk, "q": qk, "z": config.d_inner,
-                      "a": config.n_head}                               # one decay per head
+                      "a": config.n_head}                               # A_log: one per head
         channels = config.d_inner + 2 * qk                              # C: v, k and q
         self.in_proj = nn.Linear(config.d_model, sum(self.parts.values()), bias=False)
         self.z_bias = nn.Parameter(torch.zeros(config.d_inner))
         self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels)
-        self.D = nn.Parameter(torch.ones(config.n_head))    # the skip's weights: y = M v + D v
+        self.D = nn.Parameter(torch.ones(config.n_head))    # the skip's weight: y = M v + D v
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
 
     @torch.no_grad()
@@ -183,13 +191,14 @@ class Mamba2(nn.Module):
         c = self.config
         vkq, z, A_log = self.in_proj(h).split(                          # (B, L, C or H P or H)
             [self.conv1d.in_channels, self.parts["z"], self.parts["a"]], -1)
-        # conv1d holds the weights only; causal_conv applies them, after an earlier state too.
+        # self.conv1d only stores the weights: its forward could not go on from conv_state.
         mixed = causal_conv(vkq, self.conv1d.weight, self.conv1d.bias, conv_state)
         v, k, q = mixed.split([self.parts["v"], self.parts["k"], self.parts["q"]], -1)
         v = v.unflatten(-1, (c.n_head, c.head_dim))                     # (B, L, H, P)
         k = k.unflatten(-1, (c.n_qk_head, c.d_state))                   # (B, L, G, N)
         q = q.unflatten(-1, (c.n_qk_head, c.d_state))                   # (B, L, G, N)
-        # softplus > 0, so a < 0 for any A_log. In fp32: errors of a add up over the sequence.
+        # softplus > 0, so a < 0 for any A_log (in Mamba-2 a parameter has this name). In fp32,
+        # because errors of a add up over the sequence.
         a = -F.softplus(A_log.to(at_least_fp32(A_log.dtype)))           # (B, L, H)
         return q, k, v, a, z, vkq
 
@@ -219,18 +228,19 @@ class Mamba2(nn.Module):
     def matrix(self, h):
         """h (B, L, D) -> M + diag D (B, H, L, L), the mixing matrix with its skip
 
-        Stage 1 compares it with the teacher's attention matrix, head by head. It has the skip in it
-        because attention has none: the diagonal of its matrix must be matched by M and D together.
+        Stage 1 compares it with the teacher's attention matrix, head by head. The skip is included
+        because attention has none: M and D together must match the diagonal of attention's matrix.
         """
         q, k, _, a, _, _ = self.project(h)
         return mixing_matrix(q, k, a) + torch.diag_embed(self.D[:, None].expand(-1, h.shape[1]))
 
     def orientation(self, h, q_t, k_t, scale, window=None):
-        """Stage 1's loss: h (B, L, D), and what Teacher.factors gives -> distance, size
+        """Stage 1's loss, which [2] calls matrix orientation: h (B, L, D) -> distance, size
 
-        The means over batch and heads of || T - matrix(h) ||_F and of || T ||_F, where T is the
-        teacher's attention matrix, softmax(q_t k_t^T scale). Computed in tiles: no (L, L) matrix is
-        in memory.
+        q_t, k_t, scale, window: of the teacher (_t), as Teacher.factors in model_teacher.py gives
+        them. Its attention matrix is A = softmax(q_t k_t^T scale), causal, over the last `window`
+        keys if that is given. distance and size are the means over batch and heads of
+        || A - matrix(h) ||_F and || A ||_F. Computed in tiles: no (L, L) matrix is in memory.
         """
         q, k, _, a, _, _ = self.project(h)
         return orientation_loss(q_t, k_t, scale, q, k, a, self.D, window, return_size=True)
@@ -273,7 +283,7 @@ class Attention(nn.Module):
     """The teacher's attention, for the layers of a hybrid that keep it.
 
     Causal, with rotary embedding, grouped queries, a sliding window if the teacher has one, and a
-    KV cache. Here G is the number of k/v heads.
+    KV cache. Here G is the number of k/v heads, and T that of the tokens so far, cached and new.
     """
 
     def __init__(self, config, i):
@@ -336,7 +346,8 @@ class Attention(nn.Module):
 def rotate(x, position, inv_freq, scale=1.0):
     """Rotary embedding of x (B, H, L, P) at position (1 or B, L).
 
-    Channels i and i + R/2 of the first R turn by position * inv_freq[i] and grow by `scale`.
+    Of the first R = 2 len(inv_freq) channels, each pair i and i + R/2 is turned by the angle
+    position * inv_freq[i] and multiplied by `scale`.
     """
     # Angles in fp32, as the teacher computes them: in bf16, late positions would get wrong angles.
     frequency = torch.tensor(inv_freq, device=x.device, dtype=torch.float32)
@@ -406,8 +417,9 @@ class Block(nn.Module):
         u = u + mixed
         return u + self.mlp(self.post_attention_layernorm(u)), state
 
-    # In sharded training (FSDP2) a module holds its whole weights only while one of its registered
-    # methods runs: of a layer forward and these two. What else needs its weights goes through call.
+    # In sharded training (FSDP2) a layer's weights are complete only during forward and the methods
+    # that distill.shard_student registers with FSDP, these two. Other code that needs the weights
+    # goes through call.
 
     def orientation(self, u, *factors):
         """Stage 1's loss of this layer, given its input u: see Mamba2.orientation"""
@@ -443,9 +455,9 @@ class Generation:
     def generate(self, prompts, n, temperature=0.0, top_k=None, seed=0):
         """prompts: tokens (B, L) -> (B, L + n). A list of B 1-D tensors -> the same, each n longer
 
-        The text of a prompt does not depend on the other prompts, and equal prompts get equal text.
-        Greedy at temperature 0, otherwise sampled, among the top_k likeliest tokens if given.
-        The student's memory grows with n in attention layers only.
+        Greedy at temperature 0, otherwise sampled, among the top_k likeliest tokens if given. All
+        prompts share the random numbers: what follows one does not depend on the others, and equal
+        prompts get equal text. The student's memory grows with n in attention layers only.
         """
         drawn = torch.stack(list(self.stream(prompts, n, temperature, top_k, seed)), 1)     # (B, n)
         if isinstance(prompts, torch.Tensor):
@@ -462,9 +474,10 @@ def prompt_lengths(prompts):
 
 
 class SSM(nn.Module, Generation):
-    """The language model, with one method per stage: matrix(i, u), block(i, u), logits(tokens)
+    """The student, with one method per stage: matrix(i, u), block(i, u), logits(tokens)
 
-    Made by from_teacher or from_pretrained. SSM(config) has random weights.
+    Made by from_teacher or from_pretrained. SSM(config) has random weights. Its SSM layers are
+    those whose mixer is not attention: in a hybrid some, otherwise all.
     """
 
     def __init__(self, config):
@@ -482,7 +495,7 @@ class SSM(nn.Module, Generation):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.block == "phi")
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
-        for module in self.modules():   # GPT-2's start; from_teacher overwrites all but the mixers
+        for module in self.modules():   # as in GPT-2; from_teacher overwrites all but SSM mixers
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -508,7 +521,7 @@ class SSM(nn.Module, Generation):
     def orientation(self, i, u, *factors):
         """Stage 1's loss, which never has matrix(i, u) in memory: see Mamba2.orientation
 
-        factors: q_t, k_t, scale, window, as Teacher.factors(i, u) gives them
+        factors: q_t, k_t, scale, window from Teacher.factors(i, u)
         """
         return self.layers[i].orientation(u, *factors)
 
@@ -552,7 +565,7 @@ class SSM(nn.Module, Generation):
         return [layer.mixer.initial_state(B) for layer in self.layers]
 
     def prefill(self, tokens, state, mask=None):
-        """tokens (B, L) after `state` -> final hidden (B, L, D), next state. In parallel over L.
+        """tokens (B, L) after `state` -> h (B, L, D) for the head, next state. In parallel over L.
 
         mask (B, L): False where a row is padding, on either side or inside. Tokens are computed as
         if padding were not there. The hidden state at padding is that of the token before it.
@@ -561,10 +574,12 @@ class SSM(nn.Module, Generation):
             # The mixers want padding on the right, so the text of each row moves to the left.
             order = mask.logical_not().byte().argsort(dim=1, stable=True)           # (B, L)
             moved_to = (mask.cumsum(1) - 1).clamp_min(0)                            # (B, L)
-            tokens = tokens.masked_fill(~mask, 0).gather(1, order)
+            tokens = tokens.masked_fill(~mask, 0).gather(1, order)      # padding may hold any id
             mask = mask.gather(1, order)
         u = self.backbone["embedding"](tokens)                                      # (B, L, D)
         next_state = []
+        # The mask keeps padding out of the state. Without a state it is not needed: padding is now
+        # on the right, and a causal mixer passes nothing from there to the text.
         for layer, before in zip(self.layers, state or [None] * len(self.layers), strict=True):
             u, after = self.run_layer(layer, u, before, mask if state else None)
             next_state.append(after)
@@ -579,17 +594,18 @@ class SSM(nn.Module, Generation):
         return self.head(h[:, -1]), state
 
     @torch.no_grad()
-    def read(self, prompts, *_):
+    def read(self, prompts, n=0):
         """prompts: tokens (B, L), or a list of B 1-D tensors of any lengths
 
         -> logits (B, V) after the last token of each, state. Long prompts are read in pieces, so
-        that only in attention layers does memory grow with L.
+        that only in attention layers does memory grow with L. n, the number of tokens to come, is
+        for the teacher's read(), whose KV cache has a fixed size.
         """
         lengths = torch.tensor(prompt_lengths(prompts), device=prompts[0].device)   # (B)
         even = bool((lengths == lengths[0]).all())
         tokens = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)         # (B, L)
         state = self.initial_state(len(tokens))
-        last = None                                     # (B, D), of each row's last token so far
+        last = None                                     # (B, D), h of each row's last token so far
         for start in range(0, tokens.shape[1], PREFILL):
             piece = tokens[:, start:start + PREFILL]
             unread = lengths - start                    # (B), tokens; <= 0 past a prompt's end
@@ -605,8 +621,9 @@ class SSM(nn.Module, Generation):
         """-> a function: token (B) -> logits (B, V). It updates the state between calls.
 
         The returned logits are overwritten by the next call.
-        capture: turns a function into (replay, its output), as capture_graph does, which is the
-        default on a GPU. Not for a hybrid: its state grows, and a graph needs the same shapes.
+        capture: turns a function into (replay, its output). On a GPU it is capture_graph unless
+        given (a test gives one that needs no GPU), but a hybrid's step is not captured: its state
+        grows, and a graph needs the same shapes.
         """
         if capture is None and state[0][0].is_cuda and not self.config.attn_layers:
             capture = capture_graph
@@ -626,7 +643,7 @@ class SSM(nn.Module, Generation):
             return logits
 
         replay, logits = capture(work)
-        copy_state(static_state, state)                 # capturing ran some steps
+        copy_state(static_state, state)                 # capture ran some steps: undo them
 
         def replayed_step(token):
             token_in.copy_(token)
@@ -638,8 +655,9 @@ class SSM(nn.Module, Generation):
 
     @classmethod
     def from_teacher(cls, teacher, attn_layers=(), init="mohawk", tokens=None, **overrides):
-        """A student of the teacher's shape with a copy of its weights, except in the SSM's mixers.
+        """A student of the teacher's shape, with its weights except in the mixers of SSM layers.
 
+        teacher: model_teacher.Teacher. Its shapes: {field of Config: value}, weights(): see INITS
         attn_layers: numbers of the layers that keep attention, or "all"
         init: how the mixers start, see INITS; or "scratch", which copies nothing from the teacher
         tokens (B, L): for the starts that look at the teacher's attention
@@ -649,14 +667,14 @@ class SSM(nn.Module, Generation):
         config.attn_layers = tuple(range(config.n_layer) if attn_layers == "all" else attn_layers)
         student = cls(config)
         if init == "scratch":
-            student.loaded = "no tensor copied from the teacher"
+            student.loaded = "no tensor copied from the teacher"        # for the log
             return student
         if init not in INITS:
             raise UsageError(f"--init {init}: choose {', '.join(INITS)} or scratch")
         fresh = student.state_dict()
         weights_t = teacher.weights()
         copied = {name: w.to(fresh[name].dtype) for name, w in weights_t.items() if name in fresh}
-        # Only an SSM layer's mixer has other parameters than the teacher's layer.
+        # Only in an SSM layer's mixer may the parameters differ from the teacher's.
         mixers = tuple(f"backbone.layers.{i}.mixer." for i in student.ssm_layers)
         wrong = [name for name in fresh.keys() ^ weights_t.keys() if not name.startswith(mixers)]
         if wrong:
@@ -771,20 +789,23 @@ def capture_graph(work):
 # -----------------------------------------------------------------------------
 # Teacher -> student: shapes, names, and how the mixers start
 
-# Rotary embeddings that a list of frequencies and one factor describe. Other kinds ("dynamic",
-# "longrope") change with the length of the text.
+# Hugging Face's names of the rotary embeddings that a list of frequencies and one factor describe.
+# Other kinds ("dynamic", "longrope") change with the length of the text.
 ROPES = ("default", "linear", "llama3", "yarn", "proportional")
 ATTENTIONS = {"full_attention", "sliding_attention"}
 
 
 def windows_of(hf):
-    """The sliding window of each layer: how many keys a query sees, with its own; None: all"""
+    """A Hugging Face configuration -> the sliding window of each layer; None: there is none
+
+    A window is how many keys a query sees: that at its own position and those just before it.
+    """
     window = getattr(hf, "sliding_window", None)
     if hf.model_type == "mistral":
         return [window] * hf.num_hidden_layers
     if hf.model_type in ("qwen2", "qwen3"):
         return [window if kind == "sliding_attention" else None for kind in hf.layer_types]
-    return [None] * hf.num_hidden_layers                # Phi and Llama have no windows
+    return [None] * hf.num_hidden_layers                # Phi and Llama
 
 
 def shapes_of(hf, inv_freq, rope_scale=1.0):
@@ -838,6 +859,12 @@ def rename(name):
     return name
 
 
+# How the mixers start. Each init_* changes the student's mixers in place. Of the teacher
+# (model_teacher.py) they use
+#   weights()               {the student's name of a parameter: tensor}
+#   inputs(tokens, only)    yields (i, u) for each layer i of `only`, u (B, L, D) being its input
+#   matrix(i, u)            layer i's attention matrix of each head (B, H, L, L)
+
 def init_mohawk(student, teacher, tokens):
     """The paper's start, which SSM() has made already: see Mamba2.reset_parameters"""
 
@@ -870,40 +897,40 @@ def init_qkv(student, teacher, tokens):
 
 
 def copy_qkv(mixer, attention):
-    """attention: {"q_proj.weight": tensor, ...} of one layer of the teacher -> into the mixer"""
+    """attention: {"q_proj.weight": tensor, ...} of one layer of the teacher, copied into mixer"""
     c = mixer.config
     if (c.n_qk_head, c.d_state) != (c.n_head, c.head_dim):
         raise UsageError("init qkv needs d_state = head_dim and q, k for every head, "
                          "as the teacher has them")
     rows = mixer.split_in_proj(mixer.in_proj.weight)
-    channels = list(rows)[:3]                           # v, k, q, in the order of the convolution
+    channels = list(rows)[:3]                           # the convolution's parts: v, k, q
     sizes = [len(rows[part]) for part in channels]
     biases = dict(zip(channels, mixer.conv1d.bias.split(sizes), strict=True))
     for part in ("v", "k", "q"):
-        if part not in rows:                            # a mixer without a key: extras/mixers.py
+        if part not in rows:                            # MetaLA (extras/mixers.py) has no k
             continue
-        # q takes the scale of softmax(q k^T / sqrt(N)): scores start at the size of attention's.
+        # q takes the 1 / sqrt(N) of attention's softmax, so that scores start at attention's size.
         scale = c.head_dim ** -0.5 if part == "q" else 1
         rows[part].copy_(scale * per_query_head(attention[f"{part}_proj.weight"], c))
         bias = attention.get(f"{part}_proj.bias")
-        if bias is not None:                            # in_proj has none: it goes into the conv's
+        if bias is not None:                            # in_proj has no bias; the convolution has
             biases[part].copy_(scale * per_query_head(bias, c))
     mixer.out_proj.weight.copy_(attention["dense.weight"])
 
 
 def per_query_head(w, config):
-    """(G P, ...) -> (H P, ...): a k/v head that serves several query heads, once for each"""
+    """(G P, ...) -> (H P, ...): repeats each k or v head for all the query heads that share it"""
     heads = w.unflatten(0, (-1, config.head_dim))                       # (G, P, ...)
     return heads.repeat_interleave(config.n_head // len(heads), dim=0).flatten(0, 1)
 
 
 @torch.no_grad()
 def init_fit(student, teacher, tokens, decays=False):
-    """init_qkv, then two numbers per head, c and D, that minimise || P - c M - D I ||_F
+    """init_qkv, then two numbers per head, scale and D, that minimise || A - scale M - D I ||_F
 
-    P is the head's attention matrix in the teacher, M the student's, on these tokens (B, L). Scores
-    without a softmax are too large: c is a few percent. It goes into q. c = 0 where M is 0, as in a
-    head that was pruned, or a multiple of I, which D can replace.
+    A is the head's attention matrix in the teacher, M the student's mixing matrix without its skip,
+    both on these tokens (B, L). q takes the scale: a few percent, as scores without a softmax are
+    too large. It is 0 where M is 0, or a multiple of I, which D can replace. decays: set_decays too
     """
     init_qkv(student, teacher, tokens)
     student.to(tokens.device)
@@ -911,27 +938,28 @@ def init_fit(student, teacher, tokens, decays=False):
         set_decays(student, teacher, tokens)
     for i, u in teacher.inputs(tokens, only=student.ssm_layers):
         mixer = student.layers[i].mixer
-        mixer.D.zero_()
-        products = 0
-        for window in u.float()[:, None]:                               # (1, L, D)
-            M = student.matrix(i, window)[0].double()                   # (H, L, L)
-            P = teacher.matrix(i, window)[0].double()                   # (H, L, L)
+        mixer.D.zero_()                                 # so that matrix(), M + diag D, gives M
+        sums = 0
+        for row in u.float()[:, None]:                                  # (1, L, D), of the batch
+            M = student.matrix(i, row)[0].double()                      # (H, L, L)
+            A = teacher.matrix(i, row)[0].double()                      # (H, L, L)
             trace_M = M.diagonal(dim1=-2, dim2=-1).sum(-1)              # (H)
-            trace_P = P.diagonal(dim1=-2, dim2=-1).sum(-1)              # (H)
-            products = products + torch.stack([
-                (M * M).sum((-1, -2)), trace_M, (P * M).sum((-1, -2)), trace_P,
+            trace_A = A.diagonal(dim1=-2, dim2=-1).sum(-1)              # (H)
+            sums = sums + torch.stack([
+                (M * M).sum((-1, -2)), trace_M, (A * M).sum((-1, -2)), trace_A,
                 torch.full_like(trace_M, tokens.shape[1])])
-        # Least squares in c and D: two equations, c MM + D MI = PM and c MI + D II = PI.
-        MM, MI, PM, PI, II = products                                   # (H) each
+        # MI is the sum of all entries of M * I, the trace; the others alike. Least squares gives
+        # two equations for scale and D: scale MM + D MI = AM and scale MI + D II = AI.
+        MM, MI, AM, AI, II = sums                                       # (H) each
         determinant = MM * II - MI * MI                                 # >= 0
-        c = ((PM * II - PI * MI) / determinant).clamp_min(0)
-        c = c.where(determinant > 1e-12 * MM * II, 0)
-        mixer.D.copy_((PI - c * MI) / II)
-        c = c.to(mixer.D.dtype)[:, None]                                # (H, 1)
-        q_rows = mixer.split_in_proj(mixer.in_proj.weight)["q"].unflatten(0, (len(c), -1))
-        q_bias = mixer.conv1d.bias[-mixer.parts["q"]:].unflatten(0, (len(c), -1))
-        q_rows.mul_(c[..., None])                                       # (H, N, D), a view
-        q_bias.mul_(c)                                                  # (H, N), a view
+        scale = ((AM * II - AI * MI) / determinant).clamp_min(0)
+        scale = scale.where(determinant > 1e-12 * MM * II, 0)
+        mixer.D.copy_((AI - scale * MI) / II)
+        scale = scale.to(mixer.D.dtype)[:, None]                        # (H, 1)
+        q_rows = mixer.split_in_proj(mixer.in_proj.weight)["q"].unflatten(0, (len(scale), -1))
+        q_bias = mixer.conv1d.bias[-mixer.parts["q"]:].unflatten(0, (len(scale), -1))
+        q_rows.mul_(scale[..., None])                                   # (H, N, D), a view
+        q_bias.mul_(scale)                                              # (H, N), a view
 
 
 def init_distance(student, teacher, tokens):
@@ -941,24 +969,26 @@ def init_distance(student, teacher, tokens):
 
 @torch.no_grad()
 def set_decays(student, teacher, tokens):
-    """a = -1 / the mean distance between query and key in this head of the teacher, everywhere
+    """a = -1 / the mean distance between query and key in this head of the teacher, at every token
 
-    a = -softplus(A_log), and A_log = w . h has no bias. A constant A_log needs the w that brings
-    w . h nearest to 1 on these tokens (B, L): least squares, with a ridge.
+    a = -softplus(A_log), and A_log = (a row of in_proj) . h has no bias that could make it
+    constant. So the row is A_log times `one`, the vector that brings one . h nearest to 1 on these
+    tokens (B, L): least squares, with a ridge.
     """
     position = torch.arange(tokens.shape[1], device=tokens.device)
     back = (position[:, None] - position).clamp_min(0)                  # (L, L), i - j
     for i, u in teacher.inputs(tokens, only=student.ssm_layers):
         layer = student.layers[i]
-        distances = [(teacher.matrix(i, window[None]) * back).sum(-1).mean(-1) for window in u]
+        distances = [(teacher.matrix(i, row[None]) * back).sum(-1).mean(-1) for row in u]
+        # At least 0.25, because 1 / 0 is infinite for a head that sees only its own token.
         distance = torch.cat(distances).mean(0).clamp_min(0.25).double()    # (H)
         h = layer.input_layernorm(u.float()).flatten(0, 1).double()     # (B L, D)
         gram = h.T @ h / len(h)                                         # (D, D)
-        gram.diagonal().add_(1e-2 * gram.diagonal().mean())
-        w = torch.linalg.solve(gram, h.mean(0))                         # (D): h . w is about 1
+        gram.diagonal().add_(1e-2 * gram.diagonal().mean())             # the ridge
+        one = torch.linalg.solve(gram, h.mean(0))                       # (D)
         rows = layer.mixer.split_in_proj(layer.mixer.in_proj.weight)["a"]   # (H, D)
-        A_log = (1 / distance).expm1().log()                            # softplus(A_log) = 1 / d
-        rows.copy_(torch.outer(A_log, w))
+        A_log = (1 / distance).expm1().log()            # (H), with softplus(A_log) = 1 / distance
+        rows.copy_(torch.outer(A_log, one))
 
 
 INITS = {"mohawk": init_mohawk, "qkv": init_qkv, "fit": init_fit, "distance": init_distance,
@@ -966,11 +996,12 @@ INITS = {"mohawk": init_mohawk, "qkv": init_qkv, "fit": init_fit, "distance": in
 
 
 # -----------------------------------------------------------------------------
-# config.json, in the published layout: runs of equal layers as Block1, Block2, ...
+# config.json, in the published layout: Block1, Block2, ... are runs of equal layers, and "core" is
+# the layout's word for a mixer.
 
 ATTENTION = "modules.mixers.phi_attention"
 MAMBA2 = "modules.mixers.discrete_mamba2"
-# The published layout has fields for these. The other fields of Config go under "shapes".
+# The published layout has its own fields for these. The other fields of Config go under "shapes".
 IN_MODEL = ("vocab_size", "d_model", "n_layer", "attn_layers", "mixer")
 IN_CORE = ("d_state", "n_head", "n_qk_head", "d_conv", "head_dim")
 
@@ -987,10 +1018,11 @@ def write_config(config):
         if runs and runs[-1]["CoreType"] == kind:
             runs[-1]["n_layers"] += 1
         else:
+            # The layout has only Phi's BlockType; Config.block, under "shapes", says which it is.
             runs.append({"n_layers": 1,
                          "BlockType": "modules.phi_block", "block_input": {"resid_dropout": 0.0},
                          "CoreType": kind, "core_input": {} if kind == ATTENTION else core})
-    # A model of attention alone has no core, and so no field for a mixer's shapes.
+    # In a model of attention alone every core is empty, so IN_CORE goes under "shapes" too.
     published = IN_MODEL + (IN_CORE if len(config.attn_layers) < config.n_layer else ())
     shapes = {name: value for name, value in asdict(config).items() if name not in published}
     language = {"vocab_size": config.vocab_size, "pad_vocab_size_multiple": 1}
