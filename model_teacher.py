@@ -170,7 +170,7 @@ class Teacher(Generation):
 
         u (B, L, D) is the input of layer i, before its norm: the hidden state after i layers.
         """
-        # torch lifts no_grad while this generator waits at a yield: there the student is trained.
+        # At a yield torch brings the caller's mode back: there a stage trains the student.
         wanted = set(range(len(self.layers)) if only is None else only)
         u = self.decoder.embed_tokens(tokens)
         for i in range(max(wanted, default=-1) + 1):
