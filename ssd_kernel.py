@@ -300,7 +300,7 @@ class Chunked(torch.autograd.Function):
             da_out = (v_c * dv).sum(-1, dtype=a.dtype)                  # (B, C, H, Q)
             dv += M.to(dtype).mT @ dy_c
             R = M.mul_(dM)                                              # overwrites M
-            dqk = w.mul_(dM).to(dtype)                                  # of q_c @ k_c.mT
+            dqk = w.mul_(dM).to(dtype)                                  # gradient of q k^T
             del dM                                                      # frees its memory early
             dk = (v_c @ dS_c.mT) * decay_out + dqk.mT @ q_c             # (B, C, H, Q, N)
             dq = (dy_c @ S_in.mT) * decay_in                            # (B, C, H, Q, N)
@@ -365,7 +365,7 @@ def jit(function):
 
 @jit
 def program_range(cu, L, n_docs, H, PIECES: tl.constexpr, STATE_EVERY: tl.constexpr):
-    """What this program works on
+    """What this program works on; cu is cu_seqlens
 
     -> the head h, the piece, the offset of its batch row's first token, the document's start, the
     piece's first position and last + 1, the index of its initial and final state, the index of its
@@ -430,8 +430,8 @@ def dot(x, y, plus, FP32: tl.constexpr):
 def advance(S, x, z, log_decay, total, FP32: tl.constexpr):
     """Steps 2 and 3: S, faded by a chunk, plus what the chunk writes
 
-    For S: x (Q, N) is k, z (Q, P) is v, log_decay (Q) that of decay_out. For its gradient dS: q, dy
-    and decay_in. total: log2 of fade
+    For S, x (Q, N) is k, z (Q, P) is v, log_decay (Q) is log2 of decay_out. For its gradient dS
+    they are q, dy and log2 of decay_in. total: log2 of fade
     """
     x = (x * tl.exp2(log_decay)[:, None]).to(x.dtype)
     return dot(tl.trans(x), z, S * tl.exp2(total), FP32)
@@ -543,8 +543,8 @@ def backward_kernel(q, k, v, a, cu, states, dy, dS1, writes, fades, dq, dk, dv, 
         dq_c = dot(dqk.to(k_c.dtype), k_c, dq_c, FP32)
         write(dq, row + t, inside, H, h, dq_c, Q, N)
 
-        # dv and dk, from what read them: later tokens of the chunk, and the state after it. log_w, M
-        # and dM have rows and columns exchanged: dM a second time costs less than its transpose.
+        # dv and dk, from what read them: later tokens of the chunk, and the state after it. Here
+        # log_w, M and dM have rows and columns exchanged: a second dM costs less than a transpose.
         log_w = tl.where(i[:, None] <= i[None, :], A[None, :] - A[:, None], float("-inf"))
         M = dot(k_c, tl.trans(q_c), None, FP32) * tl.exp2(log_w)        # (Q j, Q i)
         dv_c = dot(k_c, dS.to(k_c.dtype), None, FP32) * decay_out
@@ -568,7 +568,7 @@ def backward_kernel(q, k, v, a, cu, states, dy, dS1, writes, fades, dq, dk, dv, 
 @jit
 def step_kernel(q, k, v, a, S, y, S1, H: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
                 P: tl.constexpr, COLUMNS: tl.constexpr):
-    """One token, some columns of one head's S."""
+    """One token, COLUMNS columns of one head's S."""
     bh = tl.program_id(1).to(tl.int64)
     bg = bh // H * G + bh % H // (H // G)
     n = tl.arange(0, N)
@@ -810,9 +810,9 @@ def orientation_loss(q_t, k_t, scale, q, k, a, D, window=None, return_size=False
 
     No L x L matrix exists: rows of E = M + diag D - softmax are made and used up in blocks. Each
     gradient is the one below divided by || E ||, which is known only at the end, so they are scaled
-    then. Products of matrices of one shape are elementwise:
-        dq = (E decay) k    dk = (E decay)^T q    dD = trace E
-        dA_i = sum_j (E M)[i, j] - sum_j (E M)[j, i]
+    then (* is elementwise):
+        dq = (E * decay) k    dk = (E * decay)^T q    dD = trace E
+        dA_i = sum_j (E * M)[i, j] - sum_j (E * M)[j, i]
     with A the running sum of a, hence da = reverse cumulative sum of dA. Its rounding errors grow
     with L. Chunked.backward sums inside chunks only, as states stand for the rest, but the softmax
     in E has no states. At the length of a training window the errors are small.
@@ -897,8 +897,8 @@ def orientation_blocked(q_t, k_t, scale, window, q, k, a, D):
         target = q_t[:, :, lo:hi] @ k_t[:, :, :hi].mT * scale           # (B, H, rows, hi)
         unseen = future | torch.ones_like(future).tril(lo - window)     # and beyond the window
         target = target.masked_fill_(unseen, -torch.inf).softmax(-1)
-        # Differences from row lo are taken in fp64, then rounded; a large one loses more digits. Of
-        # a column before lo it means a decay near 0; from lo on it is as in a chunk of `rows`.
+        # Differences from row lo are taken in fp64, then rounded, and large ones lose digits. Before
+        # column lo, large means a decay near 0; from lo on it is as in a chunk of `rows` tokens.
         W_lo, A_lo = ((x[:, :, :hi] - x[:, :, lo, None]).to(dtype) for x in (W, A))     # (B, H, hi)
         gap = W_lo[..., lo:, None] - W_lo[..., None, :]
         gap.add_(A_lo[..., lo:, None]).sub_(A_lo[..., None, :])
