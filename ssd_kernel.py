@@ -897,7 +897,7 @@ def orientation_blocked(q_t, k_t, scale, window, q, k, a, D):
         target = q_t[:, :, lo:hi] @ k_t[:, :, :hi].mT * scale           # (B, H, rows, hi)
         unseen = future | torch.ones_like(future).tril(lo - window)     # and beyond the window
         target = target.masked_fill_(unseen, -torch.inf).softmax(-1)
-        # Differences from row lo are taken in fp64, then rounded, and large ones lose digits. Before
+        # Differences from row lo are taken in fp64, then rounded, so large ones lose digits. Before
         # column lo, large means a decay near 0; from lo on it is as in a chunk of `rows` tokens.
         W_lo, A_lo = ((x[:, :, :hi] - x[:, :, lo, None]).to(dtype) for x in (W, A))     # (B, H, hi)
         gap = W_lo[..., lo:, None] - W_lo[..., None, :]
