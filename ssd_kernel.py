@@ -1,4 +1,4 @@
-"""The SSD operator: what attention becomes when its memory must fit in one matrix.
+"""SSD (state space duality): what attention becomes when its memory must fit in one matrix.
 
 Run:  python test_ssd.py 90             # no GPU: compile the kernels for sm_90, print registers
       python -m extras.bench_kernel     # time the forms below and their peers on this machine
@@ -20,6 +20,9 @@ y can be had both ways is the duality of [1]. Every other form is tested against
     ssd_triton      the same in one kernel, for GPUs: no (chunk, chunk) tile touches memory
     ssd_step        one token of the recurrence, for generation
 
+orientation_loss, the loss of MOHAWK's first stage ("matrix orientation", [2]), is the distance of M
+from a teacher's softmax matrix.
+
 Names, here and in the project. Position i reads what position j wrote:
 
     here  shape          Mamba-2   attention   in plain words
@@ -30,11 +33,11 @@ Names, here and in the project. Position i reads what position j wrote:
     S     (B, H, N, P)   h         (KV cache)  the state
     M     (B, H, L, L)   its mask  attention   who attends to whom
                          times C B^T
-    u     (B, L, D)      u         hidden      a layer's input, before its norm
+    u     (B, L, D)      u         hidden      a layer's input, before its norm (model_ssm.py)
 
-B batch, L length, D model width (in orientation_loss D is the skip's weight, one per head, as in
-Mamba-2), H heads, G groups of heads that share q and k (G divides H),
-N state (key) width, P head (value) width, Q chunk length, V vocabulary.
+B batch, L length, D model width, H heads, G groups of heads that share q and k (G divides H),
+N state (key) width, P head (value) width, Q chunk length, C number of chunks, V vocabulary.
+In orientation_loss D (H) is Mamba-2's skip instead: a layer's output is y + D v.
 
 It leaves out: second derivatives, and head widths other than 16, 32, 64 and 128 on a GPU, where
 the chunked form runs instead.
@@ -150,8 +153,10 @@ def decay_matrix(a):
             [0.5000, 1.0000, 0.0000],
             [0.1250, 0.2500, 1.0000]])
     """
+    # The running sum of a is W + A: W sums the multiples of 16 in a, without rounding, A the rest.
+    # W's differences come first, so that a reset, say a = -100, costs later tokens no digits.
     W, A = running_sums(floored(a, at_least_fp32(a.dtype)))
-    gap = W[..., :, None] - W[..., None, :]             # W: exact, see running_sums
+    gap = W[..., :, None] - W[..., None, :]
     gap.add_(A[..., :, None]).sub_(A[..., None, :])     # <= 0 wherever j <= i
     future = torch.ones(gap.shape[-2:], dtype=torch.bool, device=a.device).triu(1)
     return gap.masked_fill_(future, -torch.inf).exp_()  # masked before exp: no inf * 0 in backward
@@ -160,7 +165,7 @@ def decay_matrix(a):
 def mixing_matrix(q, k, a):
     """M (B, H, L, L) from q, k (B, L, G, N) and a (B, L, H), in fp32, or fp64 as q is."""
     q, k = (per_head(x, a.shape[-1]).transpose(1, 2).contiguous() for x in (q, k))  # (B, H, L, N)
-    # fp64, since over thousands of tokens the running sums of a are large beside their differences
+    # fp64, since over thousands of tokens A, too, is large beside the differences that count
     decay = decay_matrix(a.double().transpose(1, 2)).to(at_least_fp32(q.dtype))  # (B, H, L, L)
     return product(q, k.mT) * decay
 
@@ -173,17 +178,17 @@ def ssd_naive(q, k, v, a, initial_state=None, return_final_state=False):
     q, k = (x.to(v.dtype) for x in (q, k))
     M = mixing_matrix(q, k, a).to(v.dtype)                              # (B, H, L, L)
     q, k, v = (x.transpose(1, 2) for x in (per_head(q, H), per_head(k, H), v))  # (B, H, L, .)
-    A = floored(a, dtype).double().cumsum(1).transpose(1, 2)[..., None]     # a_1 + ... + a_t
+    sums = floored(a, dtype).double().cumsum(1).transpose(1, 2)[..., None]  # a_1 + ... + a_t
     y = product(M, v.contiguous())                                      # (B, H, L, P)
     if initial_state is not None:
-        y = y + product(q * A.exp().to(q.dtype), initial_state.to(q.dtype)).to(v.dtype)
+        y = y + product(q * sums.exp().to(q.dtype), initial_state.to(q.dtype)).to(v.dtype)
     y = y.transpose(1, 2)                                               # (B, L, H, P)
     if not return_final_state:
         return y
-    decay_out = (A[:, :, -1:] - A).exp().to(dtype)                      # from token j to the end
+    decay_out = (sums[:, :, -1:] - sums).exp().to(dtype)                # from token j to the end
     S = product((k.to(dtype) * decay_out).mT, v.to(dtype))              # (B, H, N, P)
     if initial_state is not None:
-        S = S + A[:, :, -1:].exp().to(dtype) * initial_state
+        S = S + sums[:, :, -1:].exp().to(dtype) * initial_state
     return y, S
 
 
@@ -191,7 +196,7 @@ def ssd_naive(q, k, v, a, initial_state=None, return_final_state=False):
 # The chunked form
 
 def chunk_length(P):
-    """Q by head width: with Q near P, N the four steps of ssd_chunked cost about the same."""
+    """Q by head width: with Q near P and N the four steps drawn below cost about the same."""
     return 32 if P <= 32 else 64
 
 
@@ -205,7 +210,7 @@ def ssd_chunked(q, k, v, a, initial_state=None, return_final_state=False, chunk=
       v    3   # # # |       |          step 3, scan:   S_in, the state at each chunk's start
            ----------+-------+------    step 4, read:   q of a chunk reads S_in
            4   . . . | #     |
-           5   . . . | # #   |          '#' is step 1. A block of '.' has rank N, so steps 2 to 4
+           5   . . . | # #   |          '#' is step 1. A square of '.' has rank N: steps 2 to 4
            6   . . . | # # # |          need only the state, N x P per head, in its place
            ----------+-------+------
            7   . . . | . . . | #
@@ -225,7 +230,8 @@ def ssd_chunked(q, k, v, a, initial_state=None, return_final_state=False, chunk=
 class Chunked(torch.autograd.Function):
     """One node of autograd's graph, however many chunks there are, with the gradient written out.
 
-    With decay_in_i from the chunk's start to i, decay_out_j from j to its end, w_ij from j to i:
+    In a chunk decay_in_i is the decay from its start to i, decay_out_j from j to its end, w_ij from
+    j to i, fade from its start to its end; S_in is the state at its start, S_out at its end:
         y_i   = decay_in_i q_i S_in + sum_j w_ij (q_i . k_j) v_j
         S_out = fade S_in + sum_j decay_out_j k_j v_j^T
     """
@@ -234,18 +240,18 @@ class Chunked(torch.autograd.Function):
     @outside_autocast
     def forward(ctx, q, k, v, a, S, Q):
         y = torch.empty_like(v)
-        states = []                                                     # S_in, one for each block
+        states = []                                 # S_in of all chunks, one tensor for each slice
         ctx.Q = Q
-        ctx.blocks = cache_blocks(v, q.shape[-1], Q)
-        for block in ctx.blocks:
-            q_c, k_c, v_c, a_c = (in_chunks(x[:, block], Q).contiguous() for x in (q, k, v, a))
+        ctx.slices = cache_slices(v, q.shape[-1], Q)
+        for part in ctx.slices:                                         # C chunks at a time
+            q_c, k_c, v_c, a_c = (in_chunks(x[:, part], Q).contiguous() for x in (q, k, v, a))
             decay_in, decay_out, fade = chunk_decays(a_c, v.dtype)
             M = decay_matrix(a_c).mul_(q_c @ k_c.mT)                    # 1 inside (B, C, H, Q, Q)
             writes = (k_c * decay_out).mT @ v_c                         # 2 write  (B, C, H, N, P)
             S_in, S = scan_states(fade, writes, S)                      # 3 scan   (B, C, H, N, P)
             y_c = (q_c @ S_in.to(v.dtype)) * decay_in                   # 4 read   (B, C, H, Q, P)
             y_c = y_c + M.to(v.dtype) @ v_c
-            in_chunks(y[:, block], Q).copy_(y_c)
+            in_chunks(y[:, part], Q).copy_(y_c)
             states.append(S_in)
         ctx.save_for_backward(q, k, v, a, *states)
         return y, S
@@ -261,23 +267,25 @@ class Chunked(torch.autograd.Function):
             dq_i  = decay_in_i S_in dy_i + sum_j w_ij (dy_i . v_j) k_j
             dS_in = fade dS + sum_i decay_in_i q_i dy_i^T
 
-        a_t is in the exponent of every pair j < t <= i. So da_t is the part of <y, dy>, the sum of
-        y times dy, that comes from these pairs. There are four kinds, by where their ends lie:
+        j writes and i reads: a_t is in the decay of every pair with j < t <= i. As e^x is its own
+        derivative, da_t is the sum over these pairs of the pair's share in <y, dy>, the sum of
+        y times dy. The initial state counts as written before the first token; the last state, with
+        its own gradient, as read after the last. There are four kinds of pairs:
             j before the chunk, i after it    da_through, the same for all t of the chunk
             j before, i in the chunk          da_in_i = q_i . (S_in's part of dq_i), for i >= t
             j in the chunk, i after           da_out_j = v_j . (dS's part of dv_j), for j < t
-            both in the chunk                 R_ij = w_ij (q_i . k_j) (dy_i . v_j). The sum over
-                                              i >= t of (row i of R - column i of R): what has
-                                              both ends at t or later cancels
-        A shorter formula is one sum of q . dq - k . dk over the whole sequence. Its rounding errors
-        would grow with L, so each sum here stays in its chunk.
+            both in the chunk                 R_ij = w_ij (q_i . k_j) (dy_i . v_j). Sum the rows
+                                              i >= t of R and subtract its columns j >= t, that
+                                              is the pairs in these rows that have j >= t too
+        A shorter formula, for y alone, sums q . dq - k . dk over all tokens from t on. Such pairs
+        then cancel over all of L, and rounding errors grow with it. Here a sum stays in its chunk.
         """
         q, k, v, a, *states = ctx.saved_tensors
         Q = ctx.Q
         dtype = v.dtype
         grads = [torch.empty_like(x) for x in (q, k, v, a)]
-        for block, S_in in zip(reversed(ctx.blocks), reversed(states), strict=True):
-            q_c, k_c, v_c, a_c, dy_c = (in_chunks(x[:, block], Q).contiguous()
+        for part, S_in in zip(reversed(ctx.slices), reversed(states), strict=True):
+            q_c, k_c, v_c, a_c, dy_c = (in_chunks(x[:, part], Q).contiguous()
                                         for x in (q, k, v, a, dy))
             decay_in, decay_out, fade = chunk_decays(a_c, dtype)
             w = decay_matrix(a_c)                                       # (B, C, H, Q, Q)
@@ -291,16 +299,18 @@ class Chunked(torch.autograd.Function):
             dv = (k_c @ dS_c) * decay_out                               # 2 (B, C, H, Q, P)
             da_out = (v_c * dv).sum(-1, dtype=a.dtype)                  # (B, C, H, Q)
             dv += M.to(dtype).mT @ dy_c
-            R = M.mul_(dM)                                              # in place: M, w are spent
-            dM = w.mul_(dM).to(dtype)
-            dk = (v_c @ dS_c.mT) * decay_out + dM.mT @ q_c              # (B, C, H, Q, N)
+            R = M.mul_(dM)                                              # overwrites M
+            dqk = w.mul_(dM).to(dtype)                                  # gradient of q k^T
+            del dM                                                      # frees its memory early
+            dk = (v_c @ dS_c.mT) * decay_out + dqk.mT @ q_c             # (B, C, H, Q, N)
             dq = (dy_c @ S_in.mT) * decay_in                            # (B, C, H, Q, N)
-            da_in = (q_c * dq).sum(-1, dtype=a.dtype) + R.sum(-1) - R.sum(-2)   # (B, C, H, Q)
-            dq += dM @ k_c
-            da = (da_in.flip(-1).cumsum(-1).flip(-1) + da_out.cumsum(-1) - da_out
+            da_in = (q_c * dq).sum(-1, dtype=a.dtype)                   # (B, C, H, Q)
+            dq += dqk @ k_c
+            from_t_on = da_in + R.sum(-1) - R.sum(-2)                   # rows less columns of R
+            da = (from_t_on.flip(-1).cumsum(-1).flip(-1) + da_out.cumsum(-1) - da_out
                   + da_through[..., None])
             for grad, grad_c in zip(grads, (dq, dk, dv, da), strict=True):
-                in_chunks(grad[:, block], Q).copy_(grad_c)
+                in_chunks(grad[:, part], Q).copy_(grad_c)
         return *grads, dS, None
 
 
@@ -319,26 +329,30 @@ def chunk_decays(a, dtype):
 
 
 def scan_states(fade, writes, S, reverse=False):
-    """For chunk after chunk c: S_in[c] = S, then S <- fade[c] S + writes[c]. -> S_in, the last S"""
-    S_in = torch.empty_like(writes, dtype=S.dtype)                      # (B, C, H, N, P)
+    """S <- fade[c] S + writes[c] for chunk after chunk c -> S before each of them, the last S
+
+    reverse: from the last chunk to the first, for dS; `before` is then the gradient of S_out
+    """
+    before = torch.empty_like(writes, dtype=S.dtype)                    # (B, C, H, N, P)
     chunks = range(writes.shape[1])
     for c in reversed(chunks) if reverse else chunks:
-        S_in[:, c] = S
+        before[:, c] = S
         S = torch.addcmul(writes[:, c].to(S.dtype), S, fade[:, c, :, None, None])
-    return S_in, S
+    return before, S
 
 
 # -----------------------------------------------------------------------------
-# The Triton form: one program per head walks from chunk to chunk, the state in its registers
+# The Triton form: the state stays in registers
 #
-#   forward   scans S from the start: steps 1-4 in one go; q k v are read and y is written once.
+#   forward   scans S from the start, steps 1-4 in one go. It reads q k v and writes y.
 #   backward  scans dS, the gradient of S, from the end: dq dk dv da in one go. It needs S too,
 #             which the forward stores every STATE_EVERY tokens, and scans it up from there.
 #
-# A program works on one piece of the sequence: a document, or a part of one where there are too few
-# heads to fill the GPU. What each piece adds to the state is computed first, by another kernel.
+# A program, one of the instances of a kernel that run in parallel, takes one head of one document
+# and walks from chunk to chunk. If these are too few to fill the GPU, documents are cut in pieces,
+# with a program each; what a piece adds to the state is computed first, by another kernel.
 # No (Q, Q) tile reaches memory. Programs share no output: two runs give the same bits. Exponents
-# are to base 2, which the hardware has, and of differences <= 0.
+# are <= 0, and to base 2, for which GPUs have an instruction (to base e in step_kernel only).
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 STATE_EVERY = 64                        # a multiple of every chunk length used below
@@ -351,11 +365,11 @@ def jit(function):
 
 @jit
 def program_range(cu, L, n_docs, H, PIECES: tl.constexpr, STATE_EVERY: tl.constexpr):
-    """What this program works on
+    """What this program works on; cu is cu_seqlens
 
-    -> the head, the piece, the offset of its batch row's first token, the document's start, the
-    piece's first position and last + 1, the index of its state, the index of its document's first
-    stored state. Offsets have 64 bits, since B L H P may pass 2^31.
+    -> the head h, the piece, the offset of its batch row's first token, the document's start, the
+    piece's first position and last + 1, the index of its initial and final state, the index of its
+    document's first stored state. Offsets have 64 bits, since B L H P may pass 2^31.
     """
     doc = tl.program_id(0) // PIECES
     piece = tl.program_id(0) % PIECES
@@ -363,20 +377,22 @@ def program_range(cu, L, n_docs, H, PIECES: tl.constexpr, STATE_EVERY: tl.conste
     b = tl.program_id(2).to(tl.int64)
     start = tl.load(cu + doc)
     end = tl.load(cu + doc + 1)
-    span = tl.cdiv(tl.cdiv(end - start, PIECES), STATE_EVERY) * STATE_EVERY
-    lo = tl.minimum(start + piece * span, end)
-    hi = tl.minimum(lo + span, end)
+    # Pieces start at multiples of STATE_EVERY, so that states are stored where a chunk starts.
+    tokens = tl.cdiv(tl.cdiv(end - start, PIECES), STATE_EVERY) * STATE_EVERY
+    lo = tl.minimum(start + piece * tokens, end)
+    hi = tl.minimum(lo + tokens, end)
     state = (b * n_docs + doc) * H + h
-    # n tokens store up to n / STATE_EVERY + 1 states: each document before takes one place more.
+    # A document of n tokens stores at most n // STATE_EVERY + 1 states, so that the `doc` documents
+    # before this one, of `start` tokens together, store at most start // STATE_EVERY + doc.
     stored = b * (L // STATE_EVERY + n_docs) + start // STATE_EVERY + doc
     return h, piece, b * L, start, lo, hi, state, stored
 
 
 @jit
-def tile(x, t, heads: tl.constexpr, h, Q: tl.constexpr, W: tl.constexpr):
-    """x (.., heads, W) -> pointers (Q, W) to rows t .. t + Q - 1 of head h"""
-    return (x + (t * heads + h) * W
-            + tl.arange(0, Q)[:, None] * (heads * W) + tl.arange(0, W)[None, :])
+def tile(x, t, heads: tl.constexpr, h, Q: tl.constexpr, WIDTH: tl.constexpr):
+    """x (.., heads, WIDTH) -> pointers (Q, WIDTH) to rows t .. t + Q - 1 of head h"""
+    return (x + (t * heads + h) * WIDTH
+            + tl.arange(0, Q)[:, None] * (heads * WIDTH) + tl.arange(0, WIDTH)[None, :])
 
 
 @jit
@@ -386,19 +402,19 @@ def state_at(x, n, N: tl.constexpr, P: tl.constexpr):
 
 
 @jit
-def read(x, t, inside, heads: tl.constexpr, h, Q: tl.constexpr, W: tl.constexpr):
-    """-> rows (Q, W) of x, zeros where not inside, which add nothing to a product"""
-    return tl.load(tile(x, t, heads, h, Q, W), mask=inside[:, None], other=0.0)
+def read(x, t, inside, heads: tl.constexpr, h, Q: tl.constexpr, WIDTH: tl.constexpr):
+    """-> rows (Q, WIDTH) of x, zeros where not inside, which add nothing to a product"""
+    return tl.load(tile(x, t, heads, h, Q, WIDTH), mask=inside[:, None], other=0.0)
 
 
 @jit
-def write(x, t, inside, heads: tl.constexpr, h, rows, Q: tl.constexpr, W: tl.constexpr):
-    tl.store(tile(x, t, heads, h, Q, W), rows.to(x.dtype.element_ty), mask=inside[:, None])
+def write(x, t, inside, heads: tl.constexpr, h, rows, Q: tl.constexpr, WIDTH: tl.constexpr):
+    tl.store(tile(x, t, heads, h, Q, WIDTH), rows.to(x.dtype.element_ty), mask=inside[:, None])
 
 
 @jit
 def decays(a, t, inside, H: tl.constexpr, h, Q: tl.constexpr):
-    """-> A (Q): log2 of decay_in, from the chunk's start to each token, and its last value"""
+    """-> A (Q): log2 of decay_in, from the chunk's start to each token; its last, log2 of fade"""
     i = tl.arange(0, Q)                                                 # 1.44... is log2 e
     A = tl.cumsum(tl.load(a + t * H + h + i * H, mask=inside, other=0.0) * 1.4426950408889634, 0)
     return A, tl.sum(tl.where(i == Q - 1, A, 0.0), 0)
@@ -406,7 +422,7 @@ def decays(a, t, inside, H: tl.constexpr, h, Q: tl.constexpr):
 
 @jit
 def dot(x, y, plus, FP32: tl.constexpr):
-    """x @ y + plus, accumulated in fp32; fp32 operands are not rounded to tf32"""
+    """x @ y + plus, accumulated in fp32. "ieee": tf32 would round fp32 operands, and only those."""
     return tl.dot(x, y, plus, input_precision="ieee" if FP32 else "tf32")
 
 
@@ -414,7 +430,8 @@ def dot(x, y, plus, FP32: tl.constexpr):
 def advance(S, x, z, log_decay, total, FP32: tl.constexpr):
     """Steps 2 and 3: S, faded by a chunk, plus what the chunk writes
 
-    x (Q, N), z (Q, P): k and v, for S; q and dy for its gradient dS
+    For S, x (Q, N) is k, z (Q, P) is v, log_decay (Q) is log2 of decay_out. For its gradient dS
+    they are q, dy and log2 of decay_in. total: log2 of fade
     """
     x = (x * tl.exp2(log_decay)[:, None]).to(x.dtype)
     return dot(tl.trans(x), z, S * tl.exp2(total), FP32)
@@ -424,12 +441,13 @@ def advance(S, x, z, log_decay, total, FP32: tl.constexpr):
 def piece_kernel(x, z, a, cu, writes, fades, L, n_docs, H: tl.constexpr, G: tl.constexpr,
                  N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, FP32: tl.constexpr,
                  PIECES: tl.constexpr, STATE_EVERY: tl.constexpr, BACKWARD: tl.constexpr):
-    """What a piece adds to S at its end (x, z = k, v), or to dS at its start (x, z = q, dy)."""
+    """What a piece adds to S at its end (x, z = k, v), or to dS at its start (x, z = q, dy);
+    and log2 of the piece's fade."""
     h, piece, row, _, lo, hi, state, _ = program_range(cu, L, n_docs, H, PIECES, STATE_EVERY)
     g = h // (H // G)
     i = tl.arange(0, Q)
     S = tl.zeros((N, P), tl.float32)
-    log_fade = 0.0                                                      # to base 2
+    log_fade = 0.0
     chunks = tl.cdiv(hi - lo, Q)
     for c in range(chunks):
         t = lo + (chunks - 1 - c if BACKWARD else c) * Q
@@ -520,28 +538,28 @@ def backward_kernel(q, k, v, a, cu, states, dy, dS1, writes, fades, dq, dk, dv, 
         da_in = tl.sum(q_c * dq_c, 1)
         k_c = read(k, row + t, inside, G, g, Q, N)
         v_c = read(v, row + t, inside, H, h, Q, P)
-        past = tl.where(i[:, None] >= i[None, :], A[:, None] - A[None, :], float("-inf"))
-        dM = dot(dy_c, tl.trans(v_c), None, FP32) * tl.exp2(past)       # (Q i, Q j)
-        dq_c = dot(dM.to(k_c.dtype), k_c, dq_c, FP32)
+        log_w = tl.where(i[:, None] >= i[None, :], A[:, None] - A[None, :], float("-inf"))
+        dqk = dot(dy_c, tl.trans(v_c), None, FP32) * tl.exp2(log_w)     # (Q i, Q j)
+        dq_c = dot(dqk.to(k_c.dtype), k_c, dq_c, FP32)
         write(dq, row + t, inside, H, h, dq_c, Q, N)
 
-        # dv and dk, from what read them: later tokens of the chunk, and the state after it. M and
-        # dM again, with rows and columns exchanged: a product costs less than a transpose here.
-        future = tl.where(i[:, None] <= i[None, :], A[None, :] - A[:, None], float("-inf"))
-        M = dot(k_c, tl.trans(q_c), None, FP32) * tl.exp2(future)       # (Q j, Q i)
+        # dv and dk, from what read them: later tokens of the chunk, and the state after it. Here
+        # log_w, M and dM have rows and columns exchanged: a second dM costs less than a transpose.
+        log_w = tl.where(i[:, None] <= i[None, :], A[None, :] - A[:, None], float("-inf"))
+        M = dot(k_c, tl.trans(q_c), None, FP32) * tl.exp2(log_w)        # (Q j, Q i)
         dv_c = dot(k_c, dS.to(k_c.dtype), None, FP32) * decay_out
         da_out = tl.sum(v_c * dv_c, 1)
         dv_c = dot(M.to(dy_c.dtype), dy_c, dv_c, FP32)
         write(dv, row + t, inside, H, h, dv_c, Q, P)
         dM = dot(v_c, tl.trans(dy_c), None, FP32)                       # (Q j, Q i)
-        da_in += tl.sum(M * dM, 0) - tl.sum(M * dM, 1)                  # rows less columns of R
+        from_t_on = da_in + (tl.sum(M * dM, 0) - tl.sum(M * dM, 1))     # rows less columns of R
         dk_c = dot(v_c, tl.trans(dS.to(v_c.dtype)), None, FP32) * decay_out
-        dk_c = dot((dM * tl.exp2(future)).to(q_c.dtype), q_c, dk_c, FP32)
+        dk_c = dot((dM * tl.exp2(log_w)).to(q_c.dtype), q_c, dk_c, FP32)
         write(dk, row + t, inside, H, h, dk_c, Q, N)
-        da_c = tl.cumsum(da_in, 0, reverse=True) + tl.cumsum(da_out, 0) - da_out + da_through
+        da_c = tl.cumsum(from_t_on, 0, reverse=True) + tl.cumsum(da_out, 0) - da_out + da_through
         tl.store(da + (row + t) * H + h + i * H, da_c, mask=inside)
 
-        q_c = read(q, row + t, inside, G, g, Q, N)      # again: it was not worth its registers
+        q_c = read(q, row + t, inside, G, g, Q, N)      # again: to keep it takes registers
         dS = advance(dS, q_c, dy_c, A, total, FP32)
     if piece == 0:
         tl.store(state_at(dS0, state, N, P), dS)
@@ -549,16 +567,16 @@ def backward_kernel(q, k, v, a, cu, states, dy, dS1, writes, fades, dq, dk, dv, 
 
 @jit
 def step_kernel(q, k, v, a, S, y, S1, H: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
-                P: tl.constexpr, W: tl.constexpr):
-    """One token, W columns of one head's S."""
+                P: tl.constexpr, COLUMNS: tl.constexpr):
+    """One token, COLUMNS columns of one head's S."""
     bh = tl.program_id(1).to(tl.int64)
     bg = bh // H * G + bh % H // (H // G)
     n = tl.arange(0, N)
-    p = tl.program_id(0) * W + tl.arange(0, W)
+    p = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     at = bh * N * P + n[:, None] * P + p[None, :]
-    S_p = tl.load(S + at) * tl.exp(tl.load(a + bh))                     # (N, W)
+    S_p = tl.load(S + at) * tl.exp(tl.load(a + bh))                     # (N, COLUMNS)
     S_p += tl.load(k + bg * N + n).to(tl.float32)[:, None] * tl.load(v + bh * P + p)[None, :]
-    y_p = tl.sum(tl.load(q + bg * N + n).to(tl.float32)[:, None] * S_p, 0)  # (W)
+    y_p = tl.sum(tl.load(q + bg * N + n).to(tl.float32)[:, None] * S_p, 0)  # (COLUMNS)
     tl.store(S1 + at, S_p)
     tl.store(y + bh * P + p, y_p.to(y.dtype.element_ty))
 
@@ -566,11 +584,12 @@ def step_kernel(q, k, v, a, S, y, S1, H: tl.constexpr, G: tl.constexpr, N: tl.co
 def configuration(N, P, dtype, arch):
     """-> columns of v per program; (chunk, warps, pipeline stages) of forward and of backward
 
-    Chosen so that nothing spills: `python test_ssd.py 90` prints what each takes on sm_90. S (N, W)
-    stays in registers: it has at most 4,096 numbers, which is 32 for each thread of 4 warps, and a
-    thread has room for 255 in all. fp32 needs short chunks besides, because `decays` is one plain
-    running sum: 16 resets add up to 16 * 112 / ln 2 = 2,600, where fp32 still has four decimals.
-    bf16 and fp16 inputs have fewer anyway.
+    Chosen so that no kernel spills, that is runs out of registers and uses memory instead: `python
+    test_ssd.py 90` prints what each takes on sm_90. S (N, columns) stays in registers: it has at
+    most 4,096 numbers, 32 for each thread of 4 warps, and a thread has room for 255 in all. fp32
+    needs short chunks besides, because `decays` does not split its running sum into W and A: 16
+    resets of -112, the FLOOR, add up to 16 * 112 / ln 2 = 2,600, where fp32 has four decimals left.
+    bf16 and fp16 take chunks of up to 64: three decimals are left, and the inputs have no more.
     """
     if dtype == torch.float32:
         warps = 8 if N > 64 else 4
@@ -606,13 +625,13 @@ def ssd_triton(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_sta
         S = v.new_zeros(B, n_docs, H, N, P, dtype=torch.float32)
     else:
         S = initial_state.float().reshape(B, n_docs, H, N, P)
-    # A head of more than W value columns runs as P / W heads that share q, k and a.
-    W = configuration(N, P, v.dtype, architecture(v))[0]
-    split = P // W
-    S = S.unflatten(-1, (split, W)).transpose(-3, -2).flatten(2, 3)     # (B, n, H split, N, W)
+    # A head of more value columns than a program takes runs as several heads that share q, k and a.
+    columns = configuration(N, P, v.dtype, architecture(v))[0]
+    split = P // columns
+    S = S.unflatten(-1, (split, columns)).transpose(-3, -2).flatten(2, 3)   # (B, n, H split, N, .)
     q, k = (x.to(v.dtype) for x in (q, k))
     a = floored(a, torch.float32).repeat_interleave(split, dim=2)       # (B, L, H split)
-    inputs = [x.contiguous() for x in (q, k, v.reshape(B, L, H * split, W), a, S)]
+    inputs = [x.contiguous() for x in (q, k, v.reshape(B, L, H * split, columns), a, S)]
     store = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     y, S, _ = ssd_op(*inputs, cu, store, pieces or pieces_of(v, split * n_docs))
     y = y.reshape(B, L, H, P)
@@ -657,8 +676,8 @@ def architecture(v):
 
 
 def pieces_of(v, programs):
-    """How many pieces a document is cut in, if each head has so many programs without: enough for
-    two programs on each multiprocessor, but of at least 256 tokens."""
+    """-> how many pieces to cut each document into: enough for two programs on each multiprocessor,
+    but at most L / 256. programs: how many a head of one row has if no document is cut"""
     B, L, H = v.shape[:3]
     processors = 1
     if v.is_cuda:
@@ -677,7 +696,7 @@ def launch(kernel, tiles, pieces, q, v, cu, tensors, **flags):
 
 
 def sums_of_pieces(x, z, a, cu, S, tiles, pieces, backward):
-    """-> writes (B, n, H, pieces, N, P), fades (B, n, H, pieces)"""
+    """-> writes (B, n, H, pieces, N, P), log2 of the fades (B, n, H, pieces)"""
     summed = pieces if pieces > 1 else 0        # with one piece there is nothing to sum
     writes = S.new_empty(*S.shape[:3], summed, *S.shape[3:])
     fades = S.new_empty(writes.shape[:4])
@@ -701,12 +720,12 @@ def ssd_step(q, k, v, a, S):
 def step_triton(q, k, v, a, S):
     """ssd_step in one kernel"""
     (B, H, P), (G, N) = v.shape, q.shape[1:]
-    W = min(P, 16)
+    columns = min(P, 16)
     q, k, v, a, S = (x.contiguous() for x in (q, k, v, a.float(), S))
     y = torch.empty_like(v)
     S1 = torch.empty_like(S)
     with torch.cuda.device_of(v):
-        step_kernel[(P // W, B * H)](q, k, v, a, S, y, S1, H, G, N, P, W, num_warps=4)
+        step_kernel[(P // columns, B * H)](q, k, v, a, S, y, S1, H, G, N, P, columns, num_warps=4)
     return y, S1
 
 
@@ -728,7 +747,8 @@ def ssd_op(q, k, v, a, S, cu, store, pieces):
 
 @ssd_op.register_fake
 def ssd_outputs(q, k, v, a, S, cu, store, pieces):
-    """Empty outputs: each document may add one stored state to those that L tokens have."""
+    """Empty outputs: ssd_op fills them; torch.compile, which traces shapes only, runs just this.
+    Stored states are in v's dtype: products round them to it anyway. program_range counts them."""
     B, L, H, P = v.shape
     n_docs, N = S.shape[1], q.shape[-1]
     shape = (B, L // STATE_EVERY + n_docs, H, N, P) if store else (0,)
@@ -773,7 +793,7 @@ ssd_op.register_autograd(ssd_derivative, setup_context=save_for_backward)
 
 
 # -----------------------------------------------------------------------------
-# Stage 1's distance
+# The loss of MOHAWK's first stage, matrix orientation: the distance of M from the teacher's matrix
 
 def orientation_loss(q_t, k_t, scale, q, k, a, D, window=None, return_size=False,
                      backend="auto"):
@@ -789,10 +809,13 @@ def orientation_loss(q_t, k_t, scale, q, k, a, D, window=None, return_size=False
     of a student that outputs zeros.
 
     No L x L matrix exists: rows of E = M + diag D - softmax are made and used up in blocks. Each
-    gradient is the one below over || E ||, which is known only at the end, so they are scaled then:
-        dq = (E o decay) k    dk = (E o decay)^T q    dD = trace E
-        dA_i = sum_j (E o M)[i, j] - sum_j (E o M)[j, i]
-    with A the running sum of a, hence da = reverse cumulative sum of dA.
+    gradient is the one below divided by || E ||, which is known only at the end, so they are scaled
+    then (* is elementwise):
+        dq = (E * decay) k    dk = (E * decay)^T q    dD = trace E
+        dA_i = sum_j (E * M)[i, j] - sum_j (E * M)[j, i]
+    with A the running sum of a, hence da = reverse cumulative sum of dA. Its rounding errors grow
+    with L. Chunked.backward sums inside chunks only, as states stand for the rest, but the softmax
+    in E has no states. At the length of a training window the errors are small.
     """
     if backend not in ("auto", "triton", "blocked"):
         raise ValueError(f"backend {backend!r}: choose auto, triton or blocked")
@@ -811,11 +834,11 @@ class OrientationLoss(torch.autograd.Function):
     """The forward makes the gradients too; the backward multiplies them by the loss's gradient."""
 
     @staticmethod
-    def forward(ctx, q_t, k_t, scale, window, q, k, a, D, tiles):
+    def forward(ctx, q_t, k_t, scale, window, q, k, a, D, use_triton):
         B, _, H = a.shape
         G = q.shape[2]
         dq, dk, dA, dD, squares, squares_t = orientation_op(q_t, k_t, scale, window, q, k, a, D,
-                                                            tiles)
+                                                            use_triton)
         norm = squares.sqrt()                                           # (B, H)
         tiny = torch.finfo(at_least_fp32(a.dtype)).tiny                 # zero norm: zero gradient
         weight = 1 / (norm.clamp_min(tiny) * B * H)                     # (B, H)
@@ -836,21 +859,21 @@ class OrientationLoss(torch.autograd.Function):
 
 @torch.library.custom_op("mohawk::orientation", mutates_args=(), schema="(Tensor q_t, Tensor k_t, "
                          "float scale, int window, Tensor q, Tensor k, Tensor a, Tensor D, "
-                         "bool tiles) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+                         "bool use_triton) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 @outside_autocast
-def orientation_op(q_t, k_t, scale, window, q, k, a, D, tiles):
+def orientation_op(q_t, k_t, scale, window, q, k, a, D, use_triton):
     """-> dq, dk (B, L, H, N), dA (B, L, H), dD, ||E||^2, ||target||^2 (B, H)"""
-    form = orientation_triton if tiles else orientation_blocked
+    form = orientation_triton if use_triton else orientation_blocked
     terms = form(q_t, k_t, scale, window, q, k, a, D)
     return tuple(x.contiguous() for x in terms)
 
 
 @orientation_op.register_fake
-def _(q_t, k_t, scale, window, q, k, a, D, tiles):
+def _(q_t, k_t, scale, window, q, k, a, D, use_triton):
     (B, L, H), N = a.shape, q.shape[-1]
-    dtype = torch.float32 if tiles else at_least_fp32(a.dtype)
+    dtype = torch.float32 if use_triton else at_least_fp32(a.dtype)
     dq, dk = (a.new_empty(B, L, H, N, dtype=dtype) for _ in range(2))
-    dA = a.new_empty(B, L, H, dtype=dtype if tiles else torch.float64)
+    dA = a.new_empty(B, L, H, dtype=dtype if use_triton else torch.float64)
     dD, squares, squares_t = (a.new_empty(B, H, dtype=dtype) for _ in range(3))
     return dq, dk, dA, dD, squares, squares_t
 
@@ -868,30 +891,30 @@ def orientation_blocked(q_t, k_t, scale, window, q, k, a, D):
     dq, dk, dA = (torch.zeros_like(x) for x in (q, k, A))
     dD, squares, squares_t = (D.new_zeros(B, H, dtype=dtype) for _ in range(3))
     rows = max(1, min(L, TILE // (B * H * L)))
-    for i in range(0, L, rows):
-        j = min(i + rows, L)                                            # rows i..j-1, cols 0..j-1
-        future = torch.ones(j - i, j, dtype=torch.bool, device=q.device).triu(i + 1)
-        target = q_t[:, :, i:j] @ k_t[:, :, :j].mT * scale              # (B, H, rows, j)
-        unseen = future | torch.ones_like(future).tril(i - window)      # and beyond the window
+    for lo in range(0, L, rows):
+        hi = min(lo + rows, L)                          # rows lo .. hi - 1, columns 0 .. hi - 1
+        future = torch.ones(hi - lo, hi, dtype=torch.bool, device=q.device).triu(lo + 1)
+        target = q_t[:, :, lo:hi] @ k_t[:, :, :hi].mT * scale           # (B, H, rows, hi)
+        unseen = future | torch.ones_like(future).tril(lo - window)     # and beyond the window
         target = target.masked_fill_(unseen, -torch.inf).softmax(-1)
-        # The differences from row i are taken in fp64, then rounded to fp32. What is far from i is
-        # large and loses digits, but its decay is 0.
-        W_i, A_i = ((x[:, :, :j] - x[:, :, i, None]).to(dtype) for x in (W, A))     # (B, H, j)
-        gap = W_i[..., i:, None] - W_i[..., None, :]
-        gap.add_(A_i[..., i:, None]).sub_(A_i[..., None, :])
+        # Differences from row lo are taken in fp64, then rounded, so large ones lose digits. Before
+        # column lo, large means a decay near 0; from lo on it is as in a chunk of `rows` tokens.
+        W_lo, A_lo = ((x[:, :, :hi] - x[:, :, lo, None]).to(dtype) for x in (W, A))     # (B, H, hi)
+        gap = W_lo[..., lo:, None] - W_lo[..., None, :]
+        gap.add_(A_lo[..., lo:, None]).sub_(A_lo[..., None, :])
         decay = gap.masked_fill_(future, -torch.inf).exp_()
-        M = (q[:, :, i:j] @ k[:, :, :j].mT).mul_(decay)                 # (B, H, rows, j)
+        M = (q[:, :, lo:hi] @ k[:, :, :hi].mT).mul_(decay)              # (B, H, rows, hi)
         E = M - target
-        E.diagonal(i, -2, -1).add_(D.to(dtype)[:, None])
+        E.diagonal(lo, -2, -1).add_(D.to(dtype)[:, None])
         squares += E.square().sum((-1, -2))
         squares_t += target.square_().sum((-1, -2))
-        dD += E.diagonal(i, -2, -1).sum(-1)
+        dD += E.diagonal(lo, -2, -1).sum(-1)
         M.mul_(E)
-        dA[:, :, i:j] += M.sum(-1)
-        dA[:, :, :j] -= M.sum(-2)
+        dA[:, :, lo:hi] += M.sum(-1)
+        dA[:, :, :hi] -= M.sum(-2)
         E.mul_(decay)
-        dq[:, :, i:j] = E @ k[:, :, :j]
-        dk[:, :, :j] += E.mT @ q[:, :, i:j]
+        dq[:, :, lo:hi] = E @ k[:, :, :hi]
+        dk[:, :, :hi] += E.mT @ q[:, :, lo:hi]
     dq, dk, dA = (x.transpose(1, 2) for x in (dq, dk, dA))              # (B, L, H, .)
     return dq, dk, dA, dD, squares, squares_t
 
@@ -921,7 +944,9 @@ def orientation_kernel(x_t, z_t, scale, window, x, z, a, D, lse, dx, dA, sums, L
     n_tiles = start_m + 1 if ROWS else tl.cdiv(L, Q) - start_m          # from the diagonal outward
 
     zero = tl.zeros((Q,), tl.float32)
-    if ROWS:                                                            # the teacher's softmax
+    if ROWS:
+        # The teacher's softmax. In the first tile, the diagonal, each row sees its own key: m_i is
+        # finite from then on, so -inf - -inf, a NaN, does not occur.
         m_i = zero - float("inf")
         l_i = zero
         for d in range(n_tiles):
@@ -943,7 +968,7 @@ def orientation_kernel(x_t, z_t, scale, window, x, z, a, D, lse, dx, dA, sums, L
     squares = zero                                                      # of E
     squares_t = zero                                                    # of the teacher's matrix
     trace = zero                                                        # of E
-    A_between = 0.0                                     # log decay of the tiles between m and n
+    between = 0.0                                       # log decay over the tiles between m and n
     for d in range(n_tiles):
         shift = -d * Q if ROWS else d * Q
         offs_n = offs_m + shift
@@ -952,15 +977,15 @@ def orientation_kernel(x_t, z_t, scale, window, x, z, a, D, lse, dx, dA, sums, L
         A_z, total_z = decays(a, row + shift, offs_n < L, H, h, Q)
         if ROWS:
             causal = (offs_m[:, None] >= offs_n[None, :]) & (offs_m < L)[:, None]
-            A_tiles = tl.where(d > 0, A_between + total_z, 0.0)
-            gap = A[:, None] + (A_tiles - A_z)[None, :]
+            starts = tl.where(d > 0, between + total_z, 0.0)            # n's start to m's
+            gap = A[:, None] + (starts - A_z)[None, :]
             lse_c = lse_m[:, None]
         else:
             causal = (offs_m[:, None] <= offs_n[None, :]) & (offs_n < L)[None, :]
-            A_tiles = tl.where(d > 0, A_between + total, 0.0)
-            gap = A_z[None, :] + (A_tiles - A)[:, None]
+            starts = tl.where(d > 0, between + total, 0.0)              # m's start to n's
+            gap = A_z[None, :] + (starts - A)[:, None]
             lse_c = tl.load(lse + offs_n, mask=offs_n < L, other=0.0)[None, :]
-        A_between += tl.where(d > 0, total_z, 0.0)
+        between += tl.where(d > 0, total_z, 0.0)
         target = tl.where(causal, dot(x_t_c, tl.trans(z_t_c), None, FP32_T) * scale - lse_c,
                           float("-inf"))
         if d * Q > window - Q:                          # a tile partly or fully beyond the window
@@ -1035,7 +1060,7 @@ def attention_matrix(q, k, scale, window=None):
 
 
 def distance_in_full(q_t, k_t, scale, M, window=None):
-    """orientation_loss and the size, of any matrices M (B, H, L, L), which are there in full."""
+    """orientation_loss for any matrices M (B, H, L, L) in full, and the teacher's mean norm"""
     target = attention_matrix(q_t.to(M.dtype), k_t.to(M.dtype), scale, window)  # (B, H, L, L)
     return tuple(x.norm(dim=(-1, -2)).mean() for x in (M - target, target))
 
@@ -1073,15 +1098,15 @@ def at_least_fp32(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-CACHE_BLOCK = 2**18             # elements of q, k or v in a block: what the cache of a CPU holds
+CACHE_SLICE = 2**18             # elements of q, k or v in a slice: what the cache of a CPU holds
 
 
-def cache_blocks(v, N, Q):
+def cache_slices(v, N, Q):
     """Slices of the sequence, each of some chunks: on a CPU as long as fits its cache, else all."""
     B, L, H, P = v.shape
     step = L
     if v.device.type == "cpu":
-        step = max(Q, CACHE_BLOCK // (B * H * max(N, P)) // Q * Q)
+        step = max(Q, CACHE_SLICE // (B * H * max(N, P)) // Q * Q)
     return [slice(i, i + step) for i in range(0, L, step)]
 
 
@@ -1119,8 +1144,8 @@ def running_sums(a, dim=-1):
     """a, floored -> W and A, whose sum is the running sum of a along dim.
 
     The decay between two tokens is a difference of running sums. In one sum a reset, say a = -100,
-    would cost every later token digits of its own small decay. So the multiples of 16 in a are
-    summed by themselves: W has no rounding error, and A is as small as without resets. Where
+    would cost every later token digits of its own small decay. So -96, its multiple of 16, goes to
+    W, which has no rounding error, and -4 to A, which is about as small as without resets. Where
     nothing is below -16 (e^-16 is the last digit of an fp32 number) W is 0.
     """
     multiples = (a.detach() / 16).trunc_().mul_(16)
