@@ -215,7 +215,7 @@ def main(arguments=None):
     checkpoints = run.checkpoints
     checkpoints.find_unfinished(recipe_of(args, teacher, data), args.fresh)
     barrier()                               # all have looked before rank 0 changes anything
-    # 8 windows of training data. Some of --init fit the new mixers to the teacher on them.
+    # 8 windows of training data: --init fit starts the mixers as the nearest to attention on them
     calibration_tokens = data.batch(0, 8, args.context)[:, :-1].to(run.device)      # (8, L)
 
     todo = [stage for stage in args.stage if stage not in checkpoints.finished]
@@ -545,9 +545,9 @@ def is_trainable(name, stage, n_layer):
 
 
 def choose_trainable(student, stage):
-    """Freeze all but what the stage trains. -> {name: parameter}, in the model's order
+    """Freeze all but what the stage trains. -> {name: parameter}
 
-    Frozen for good, not just left out of the optimizer: then backward makes no gradient for it,
+    The others are frozen, not just left out of the optimizer: backward makes no gradient for them,
     which saves time and memory, and DDP does not wait for one.
     """
     if isinstance(student, FSDPModule):     # an evaluation may have left some parameters gathered:
@@ -606,16 +606,13 @@ def wsd(step, steps, warmup=0.1, decay=0.1):
 
 
 def make_optimizer(params, args):
-    """AdamW [2]. Weight decay for matrices only
-
-    It would pull norms and D to 0, and the convolution, whose start is the identity.
-    """
+    """AdamW [2]. Weight decay is for matrices only: norms and D should not go to 0, nor should the
+    convolution, whose start is the identity."""
     matrices = [p for p in params.values() if p.dim() == 2]
     others = [p for p in params.values() if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
               {"params": others, "weight_decay": 0.0}]
     if args.optimizer == "adamw":
-        # fused: one kernel for all parameters, instead of a dozen for each
         return torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True)
     from torchao.optim import AdamW8bit
     return AdamW8bit(groups, betas=tuple(args.betas))
@@ -631,10 +628,7 @@ def set_lr(optimizer, lr):
 
 
 def clip_gradients(params, limit):
-    """Scale the gradients down to a norm of `limit` (0: no limit). -> the norm before
-
-    The norm is of all parameters together, over all processes.
-    """
+    """Scale the gradients down to a norm of `limit` (0: no limit). -> the norm before, of all"""
     norm = torch.nn.utils.clip_grad_norm_(params.values(), limit or math.inf)
     return full_tensor(norm).item()
 
@@ -658,9 +652,8 @@ def flops_per_token(config, hf, stage, L):
     through the state. mfu is this, times tokens/s, over the machine's peak. None for a loss that is
     not in STAGES.
     """
-    # of a functools.partial, as stage_table makes one for stage 3, the function
     kinds = {matrix_orientation: 1, hidden_state_alignment: 2, knowledge_distillation: 3}
-    kind = kinds.get(getattr(stage.loss_fn, "func", stage.loss_fn))
+    kind = kinds.get(getattr(stage.loss_fn, "func", stage.loss_fn))     # stage 3's is a partial
     if kind is None or config.mixer != "mamba2":
         return None
     D, H, P, N = config.d_model, config.n_head, config.head_dim, config.d_state
@@ -709,7 +702,7 @@ class Progress:
                         mininterval=0.5, initial=done * batch, disable=run.rank > 0)
 
     def update(self, step, loss, relative, lr, gnorm):
-        """One step is done: all of it goes to the log, an eighth of the steps to the screen."""
+        """One step is done. Every step is in the log, about eight lines are on the screen."""
         tokens = (step + 1) * self.batch
         self.seconds = time.perf_counter() - self.start
         speed = tokens / self.seconds
@@ -719,7 +712,7 @@ class Progress:
                       "lr": lr, "gnorm": gnorm, "tokens": tokens, "tok_s": speed, "mfu": mfu})
         self.bar.update(self.batch)
         self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-        if (step + 1) % max(1, self.steps // 8) == 0 or step + 1 == self.steps:     # 8 lines
+        if (step + 1) % max(1, self.steps // 8) == 0 or step + 1 == self.steps:
             share = "" if mfu is None else f"mfu {mfu:.0%} | "
             self.bar.write(
                 f"{self.name} step {step + 1:5}/{self.steps} | loss {loss:9.4f} | relative "
@@ -801,10 +794,7 @@ class Run:
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def mean(self, numbers):
-        """The mean of each number over all processes, as floats
-
-        One transfer for all of them: each would wait for the GPU.
-        """
+        """The mean of each number over all processes, as floats: the GPU is waited for once."""
         values = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.device)
                               for x in numbers])
         if self.world > 1:
@@ -844,14 +834,13 @@ class Run:
                                     cwd=Path(__file__).parent).stdout.decode("ascii").strip()
         except OSError:                                 # no git on this machine
             commit = ""
-        budgets = {stage: vars(budget) for stage, budget in self.args.budgets.items()}
-        about = {"arguments": vars(self.args) | {"budgets": budgets}, "teacher": teacher.name,
+        about = {"arguments": vars(self.args), "teacher": teacher.name,
                  "teacher_fingerprint": teacher.fingerprint, "data": data_name,
                  "processes": self.world, "commit": commit,
                  "machine": platform.processor() or platform.machine(),
                  "versions": {"python": platform.python_version(), "torch": torch.__version__,
                               "transformers": transformers.__version__}}
-        text = json.dumps(about, indent=1) + "\n"
+        text = json.dumps(about, indent=1, default=vars) + "\n"         # vars: of the budgets
         (self.folder / "run.json").write_text(text, encoding="utf-8")
 
 
@@ -899,13 +888,13 @@ def recipe_of_arguments(arguments):
 
     arguments: vars(args), or what a run.json has. A tuple would differ from the list it becomes.
     """
+    arguments = json.loads(json.dumps(arguments, default=vars))         # budgets are Namespaces
     budgets = arguments.get("budgets") or arguments.get("plans")        # older runs say plans
     recipe = {key: value for key, value in arguments.items() if key not in NOT_RECIPE}
     for stage, budget in budgets.items():
-        budget = budget if isinstance(budget, dict) else vars(budget)
         recipe |= {f"stage {stage} {key}": value for key, value in budget.items()
                    if key != "micro_batch"}
-    return json.loads(json.dumps(recipe))
+    return recipe
 
 
 def recipe_of(args, teacher, data):
@@ -986,16 +975,15 @@ class Checkpoints:
     def save(self, name, step, seconds, student, params, optimizer):
         """Write the state after `step` steps. All processes call it, rank 0 writes.
 
-        student: with all its weights   params: {name: p} of those that are trained, and so have
-        moments in the optimizer
+        params: {name: p} of those that are trained. The others have no moments.
         """
         tensors = {f"weights.{key}": p.detach() for key, p in student.named_parameters()}
         for key, p in params.items():
             for moment in ("exp_avg", "exp_avg_sq"):                    # AdamW's m and v [2]
                 if p in optimizer.state:
                     tensors[f"{moment}.{key}"] = optimizer.state[p][moment]
-        # Every process takes part in gathering. One tensor at a time, and rank 0 moves it to the
-        # CPU: a GPU never has more in full than one.
+        # Every process takes part in gathering. Rank 0 moves each tensor to the CPU before the
+        # next: a GPU that has a shard of the model need not have room for all of it.
         for key, x in tensors.items():
             gathered = full_tensor(x)
             if self.rank == 0:
@@ -1004,14 +992,13 @@ class Checkpoints:
             self.write(name, step, seconds, tensors)
         barrier()
 
-    def save_and_stop(self, name, step, steps, seconds, student, params, optimizer,
-                      signal_number):
-        """Save the state after `step` steps, and end this process as `signal_number` would"""
+    def save_and_stop(self, name, step, steps, seconds, student, params, optimizer, number):
+        """Save the state after `step` steps, and exit as the signal of this number would have"""
         if step:
             self.save(name, step, seconds, student, params, optimizer)
-        print(f"\nstopped by {signal.Signals(signal_number).name} in {name}, after {step} of "
+        print(f"\nstopped by {signal.Signals(number).name} in {name}, after {step} of "
               f"{steps} steps: the same command goes on from here", file=sys.stderr)
-        raise SystemExit(128 + signal_number)
+        raise SystemExit(128 + number)
 
     def write(self, name, step, seconds, tensors):
         """A file that is named after its checksum, in one step: no reader meets half of it
@@ -1034,7 +1021,8 @@ class Checkpoints:
         """Load the newest undamaged state of this stage. -> steps done, seconds taken
 
         A file has every tensor in full, so any number of processes may go on from it. All of them
-        read it, one tensor at a time.
+        read it, one tensor at a time. (set_state_dict of torch.distributed.checkpoint would replace
+        moments of 8 bits by fp32 ones, and have old and new moments in memory at once.)
         """
         for path in self.states(name):
             _, step, digest = path.stem.split("-")
@@ -1169,10 +1157,7 @@ class LossModule(nn.Module):
 
 
 def compile_and_shard(model, shard, args):
-    """--compile compiles each layer, --fsdp shards the model
-
-    shard: shard_student or shard_teacher
-    """
+    """--compile compiles each layer, --fsdp shards the model by shard(model)."""
     if args.compile:
         for layer in model.layers:
             layer.compile()
@@ -1362,9 +1347,8 @@ def refuse(args):
 def budgets(args, preset, own, world):
     """own: --tokens, --batch and --lr as given -> {stage: tokens, batch, lr, micro_batch}
 
-    UsageError for a batch that cannot be made of windows, or shared among the processes. Each
-    micro-batch is as large as --micro_batch allows, and there is a number of them in a batch
-    without remainder: accumulated gradients are means of equal parts.
+    UsageError for a batch that cannot be made of windows, or shared among the processes. All
+    micro-batches have one size, else the mean of their gradients would not be the batch's.
     """
     shares = [preset["shares"][stage - 1] for stage in args.stage]
     if not own["tokens"] or len(own["tokens"]) == 1:
