@@ -281,7 +281,7 @@ def train(run, name, stage, student, teacher, data, offset, budget):
     B, L, world = budget.micro_batch, args.context, run.world
     params = choose_trainable(student, stage)                           # {name: parameter}
     frozen_rows = find_frozen_rows(student, stage)                      # of in_proj
-    optimizer = make_optimizer(params, args)                            # AdamW [2]
+    optimizer = make_optimizer(params, args)
     steps = budget.tokens // budget.batch
     accumulate = budget.batch // (B * L * world)                        # micro-batches in a step
     done, seconds = run.checkpoints.restore(name, student, params, optimizer)
@@ -460,8 +460,7 @@ def layer_numbers(names, n_layer):
 def finish(run):
     """The report, and nothing left of what only an unfinished run needs
 
-    The order matters: last/ goes after report.md is written, so a kill in between writes the report
-    again, and the lock goes last.
+    last/ goes after report.md is written: the same command, after a kill in between, reports again.
     """
     args, checkpoints = run.args, run.checkpoints
     barrier()
@@ -596,8 +595,7 @@ def describe_trainable(params, student):
 def wsd(step, steps, warmup=0.1, decay=0.1):
     """Warm up, stay, decay: the share of the peak learning rate at `step` of `steps`, as in [1]
 
-    It rises over the first `warmup` of the steps and falls over the last `decay`. Steps count from
-    1 here: a first step at a learning rate of 0 would be wasted.
+    warmup, decay: shares of the steps. The first step is not at 0: it would be wasted.
 
     >>> [wsd(step, 10, 0.2, 0.4) for step in (0, 1, 5, 6, 8, 9)]
     [0.5, 1.0, 1.0, 1.0, 0.5, 0.25]
@@ -1144,16 +1142,11 @@ def wrap_ddp(loss_fn, student, teacher, run):
     compute_losses = functools.partial(loss_fn, student, teacher)
     if run.world == 1 or run.args.fsdp:
         return compute_losses, contextlib.nullcontext
-    ddp = DistributedDataParallel(LossModule(student, compute_losses), gradient_as_bucket_view=True)
+    module = nn.Module()                    # a student whose forward gives its losses
+    module.student = student
+    module.forward = compute_losses
+    ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
     return ddp, ddp.no_sync
-
-
-class LossModule(nn.Module):
-    """What DDP wraps: a student whose forward gives its losses"""
-
-    def __init__(self, student, compute_losses):
-        super().__init__()
-        self.student, self.forward = student, compute_losses
 
 
 def compile_and_shard(model, shard, args):
@@ -1225,10 +1218,7 @@ def distribute_like(p, x):
 # The command line.
 
 def parse(arguments=None):
-    """-> the arguments, with budgets = {stage: tokens, batch, lr, micro_batch}
-
-    UsageError where they do not fit.
-    """
+    """-> the arguments, with budgets = {stage: tokens, batch, lr, micro_batch}, or UsageError"""
     parser = Parser(__doc__)
     add_method_flags(parser.add_argument)
     add_run_flags(parser.add_argument)
