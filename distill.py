@@ -215,7 +215,7 @@ def main(arguments=None):
     checkpoints = run.checkpoints
     checkpoints.find_unfinished(recipe_of(args, teacher, data), args.fresh)
     barrier()                               # all have looked before rank 0 changes anything
-    # 8 windows of training data: --init fit starts the mixers as the nearest to attention on them
+    # Training data on which --init fit makes the mixers' matrices as near to attention as they get
     calibration_tokens = data.batch(0, 8, args.context)[:, :-1].to(run.device)      # (8, L)
 
     todo = [stage for stage in args.stage if stage not in checkpoints.finished]
