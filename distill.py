@@ -24,11 +24,12 @@ copied from the teacher at the start.
               last/         what a killed run needs to go on: the same command ends with the same
                             weights, bit for bit
 
-The method comes first, then the run folder, many GPUs, and the command line. This file leaves out:
-what a run would cost (extras/cost.py), other mixers and other objectives (extras/mixers.py,
-extras/objectives.py).
+The method comes first, then the run folder, many GPUs, and the command line. This file leaves out
+what is beside the method: python -m extras.cost says what a run would take; extras.mixers and
+extras.objectives hold other students and losses; extras.export, extras.benchmarks and
+extras.pictures read what a run leaves. Each has a -h of its own.
 
-[1] MOHAWK, arXiv 2408.10189
+[1] MOHAWK, arXiv 2408.10189    [2] AdamW, arXiv 1711.05101
 """
 import argparse
 import atexit
@@ -70,18 +71,8 @@ from tqdm import tqdm
 from eval import choose_device, compare
 from model_ssm import INITS, SSM, Config, UsageError
 from model_teacher import TINY, TINY_BATCH, TINY_CONTEXT, Teacher, hf_config, train_tiny
-from prepare import (
-    Parser,
-    Tokenizer,
-    at_least_one,
-    count,
-    fraction,
-    not_negative,
-    open_data,
-    positive,
-    run_program,
-    source_of_text,
-)
+from prepare import (Parser, Tokenizer, at_least_one, count, fraction, not_negative, open_data,
+                     positive, run_program, source_of_text)
 from ssd_kernel import chunk_length, ssd_path
 
 LOGITS_AT_ONCE = 2**26      # entries of a (tokens, V) map that stage 3 makes at once, in fp32
@@ -94,33 +85,47 @@ LOGITS_AT_ONCE = 2**26      # entries of a (tokens, V) map that stage 3 makes at
 # its input in stage 2, the uniform distribution in stage 3.
 
 def matrix_orientation(student, teacher, tokens):
-    """matrix orientation: given the teacher's input, each mixer's matrix is its attention matrix"""
+    """matrix orientation: given the teacher's input, each mixer's matrix is its attention matrix
+
+    || softmax(q_t k_t^T scale) - (M + D I) ||_F, the mean over batch and heads, where the student's
+    M[i,j] = (q_i . k_j) e^(a_(j+1) + ... + a_i). Both say who looks at whom; v is in neither.
+    """
     for i, u in teacher.inputs(tokens, only=student.ssm_layers):        # u (B, L, D)
-        distance, size = student.orientation(i, u, *teacher.factors(i, u))
+        distance, size = student.orientation(i, u, *teacher.factors(i, u))      # scalars
         yield distance, distance.detach() / size
 
 
 def hidden_state_alignment(student, teacher, tokens):
-    """hidden-state alignment: given the teacher's input, each layer gives what its layer gives"""
+    """hidden-state alignment: given the teacher's input, each layer gives what its layer gives
+
+    || student.block(i, u) - teacher.block(i, u) ||_2, the mean over positions. Every layer gets the
+    teacher's u, so no layer has to make up for the errors of those before it.
+    """
     for i, u in teacher.inputs(tokens, only=student.ssm_layers):        # u (B, L, D)
         target = teacher.block(i, u)                                    # (B, L, D)
         distance = (student.block(i, u) - target).float().norm(dim=-1)  # (B, L)
         size = (target - u).float().norm(dim=-1)                        # (B, L)
+        # The residual stream is in both blocks. Against what the layer adds to it, a student
+        # whose layer does nothing is at 1; against the output it would look nearly right.
         yield distance.mean(), distance.detach().mean() / size.mean()
 
 
 def knowledge_distillation(student, teacher, tokens, loss="kl", temperature=1.0, hard_weight=0.0):
-    """knowledge distillation: given the tokens, the student predicts what the teacher predicts"""
+    """knowledge distillation: given the tokens, the student predicts what the teacher predicts
+
+    T^2 KL(p_t || p), the mean over tokens, with p = softmax(logits / T): T^2, because the gradients
+    shrink as 1 / T^2. hard_weight adds the usual language-model loss at T = 1.
+    """
     h, h_t = (model.hidden(tokens).flatten(0, 1) for model in (student, teacher))   # (B L, D)
     next_token = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()     # (B L), -100: unknown
     # The logits of some thousand tokens at a time, made again in the backward: no (B L, V) tensor
-    # exists.
+    # exists. With Phi's 51,200 words, 2^14 tokens and fp32 each would take 3.4 GB.
     rows = max(1, LOGITS_AT_ONCE // student.config.vocab_size)
     parts = []
     for part in zip(h.split(rows), h_t.split(rows), next_token.split(rows), strict=True):
         parts.append(checkpoint(distillation_sums, student, teacher, *part, temperature,
                                 hard_weight > 0, use_reentrant=False))
-    kl, entropy, uniform, hard = (sum(part) for part in zip(*parts, strict=True))
+    kl, entropy, uniform, hard = (sum(part) for part in zip(*parts, strict=True))   # over tokens
     # -sum p log q = KL + entropy. The entropy is the teacher's own, so the gradient is the same.
     soft = kl + entropy if loss == "ce" else kl
     hard = hard_weight * hard / (next_token >= 0).sum()
@@ -143,7 +148,7 @@ def distillation_sums(student, teacher, h, h_t, next_token, temperature, hard):
         log_p = (logits_t / temperature).log_softmax(-1)
     p = log_p.exp()
     entropy = -(p * log_p).sum()
-    uniform = len(p) * math.log(p.shape[-1]) - entropy
+    uniform = len(p) * math.log(p.shape[-1]) - entropy  # for one token KL(p || 1/V) = log V - H(p)
     return (p * (log_p - log_q)).sum(), entropy, uniform, hard_loss
 
 
@@ -160,15 +165,17 @@ class Stage(NamedTuple):
 
 STAGES = {
     # A mixing matrix is made of q, k, the decay a, and D on its diagonal. The distance is of small
-    # differences, so it is not autocast.
+    # differences, so it is not autocast. in_proj makes q, k and a, but also v and the gate z.
     1: Stage(matrix_orientation, ("mixer.in_proj", "mixer.conv1d", "mixer.D"),
              unreached=("v", "z"), autocast=False),
     # A layer that keeps attention is the teacher's own: it has nothing to align.
     2: Stage(hidden_state_alignment, ("mixer.",), frozen=("mixer.self_attn",)),
     3: Stage(knowledge_distillation, ("",)),            # "" is part of every name
 }
+
 # Tokens are split over the stages by `shares`. batch counts tokens, too; micro_batch is the most
-# windows at once. One value for each stage, or one for all.
+# windows at once. One value for each stage, or one for all. warmup and decay are shares of a
+# stage's steps.
 PRESETS = {
     # the paper's own recipe
     "phi": dict(
@@ -208,14 +215,14 @@ def main(arguments=None):
     checkpoints = run.checkpoints
     checkpoints.find_unfinished(recipe_of(args, teacher, data), args.fresh)
     barrier()                               # all have looked before rank 0 changes anything
+    # Training data on which --init fit makes the mixers' matrices as near to attention as they get
     calibration_tokens = data.batch(0, 8, args.context)[:, :-1].to(run.device)      # (8, L)
 
     todo = [stage for stage in args.stage if stage not in checkpoints.finished]
     for stage in checkpoints.finished:
         print(f"stage {stage} | was finished before: {run.folder}/stage{stage}")
     for stage in todo:
-        start = previous_stage(run, stage)
-        student, about = load_or_init_student(run, stage, start, teacher, calibration_tokens)
+        student, about = load_or_init_student(run, stage, teacher, calibration_tokens)
         if stage == todo[0]:                # every refusal is behind us: files may change now
             run.lock()
             if not checkpoints.rows:
@@ -225,6 +232,7 @@ def main(arguments=None):
         student.to(run.device)
         student.recompute = args.recompute
         compile_and_shard(student, shard_student, args)
+        # A fresh student is the report's row "copied": what the copy alone is worth, untrained
         if about["tokens"] == 0 and "copied" not in checkpoints.rows:
             checkpoints.record(copied=compare(student, teacher, windows) | about)
         run_stage(run, stage, student, about, teacher, data, windows)
@@ -236,25 +244,28 @@ def main(arguments=None):
 def run_stage(run, number, student, about, teacher, data, windows):
     """One stage, from the student at its start to its model folder.
 
-    about: tokens and seconds spent before   windows (n, L + 1): held-out tokens to report on
+    number: of the stage   about: tokens and seconds spent before
+    windows (n, L + 1): validation tokens to report on
     """
     name, stage = f"stage {number}", stage_table(run.args)[number]
     budget = run.args.budgets[number]
     print(f"\n{name} of 3 | {first_line_of_doc(stage.loss_fn)}")
-    with stop_on_signals(run):
+    with stop_on_signals(run):              # train saves before it stops
+        # Each stage reads on in the data where the one before stopped.
         seconds = train(run, name, stage, student, teacher, data,
                         about["tokens"] // run.args.context, budget)
     row = compare(student, teacher, windows) | {
-        "tokens": about["tokens"] + budget.tokens // budget.batch * budget.batch,
+        "tokens": about["tokens"] + budget.tokens // budget.batch * budget.batch,   # full batches
         "seconds": about["seconds"] + seconds}
     folder = run.folder / f"stage{number}"
     student = gather_student(student)
     if run.rank == 0:
         student.save_pretrained(folder, stage=number, teacher=teacher.name,
                                 teacher_fingerprint=teacher.fingerprint, **row)
-    run.checkpoints.record(number)
-    barrier()
-    print(f"{name} | saved {folder} | {describe_row(row)}")
+    run.checkpoints.record(number)          # last: a kill before it only repeats the save
+    barrier()                               # no process reads the folder before it is complete
+    print(f"{name} | saved {folder} | val loss {row['loss']:.4f} | KL {row['kl']:.4f} | top-1 "
+          f"{row['top1']:.1%}")
 
 
 def train(run, name, stage, student, teacher, data, offset, budget):
@@ -262,19 +273,22 @@ def train(run, name, stage, student, teacher, data, offset, budget):
 
     name: what the log calls it   stage: a row of STAGES   budget: tokens, batch, lr, micro_batch
     -> the seconds it took. Of several processes each reads its own windows of the same batches.
+
+    The learning rate is a function of the step and the windows one of `offset`, so a run that goes
+    on from step n computes what it would have computed without the stop.
     """
     args = run.args
     B, L, world = budget.micro_batch, args.context, run.world
     params = choose_trainable(student, stage)                           # {name: parameter}
-    frozen_rows = find_frozen_rows(student, stage)
+    frozen_rows = find_frozen_rows(student, stage)                      # of in_proj
     optimizer = make_optimizer(params, args)
     steps = budget.tokens // budget.batch
     accumulate = budget.batch // (B * L * world)                        # micro-batches in a step
     done, seconds = run.checkpoints.restore(name, student, params, optimizer)
     compute_losses, no_sync = wrap_ddp(stage.loss_fn, student, teacher, run)
     flops = flops_per_token(student.config, teacher.config, stage, L)
-    offset += done * budget.batch // L
-    run.open_log({name: done})
+    offset += done * budget.batch // L                                  # in windows
+    run.open_log({name: done})          # a step that is logged but not in the state comes again
     print(f"{name} | {describe_trainable(params, student)}")
     print(f"{name} | {steps * budget.batch:,} tokens = {steps:,} steps x {budget.batch:,} (batch "
           f"{B} x length {L} x accumulate {accumulate}{f' x {world} GPUs' * (world > 1)})")
@@ -294,12 +308,12 @@ def train(run, name, stage, student, teacher, data, offset, budget):
             tokens = data.batch(first, B, L)[:, :-1].to(run.device)     # (B, L)
             last = micro + 1 == accumulate
             with run.autocast(stage), contextlib.nullcontext() if last else no_sync():
-                for loss, relative in compute_losses(tokens):
+                for loss, relative in compute_losses(tokens):           # of a layer, or of all
                     (loss / accumulate).backward()
                     losses.append(torch.stack([loss.detach(), relative]))
-        gnorm = clip_gradients(params, args.clip)
+        gnorm = clip_gradients(params, args.clip)                       # the norm before
         # A process that has to save or to stop makes all of them do so: any mean above 0 is true.
-        save = step + 1 == steps or progress.minutes_since_save() > args.save_minutes
+        save = step + 1 == steps or time.perf_counter() - progress.saved > 60 * args.save_minutes
         loss, relative, save, stop = run.mean([*torch.stack(losses).mean(0), save, bool(run.stop)])
         if not math.isfinite(loss + gnorm):
             raise UsageError(not_finite(name, step, offset, budget.batch // L, loss, gnorm))
@@ -320,17 +334,21 @@ def train(run, name, stage, student, teacher, data, offset, budget):
             run.checkpoints.save(name, step + 1, progress.seconds, student, params, optimizer)
             progress.saved = time.perf_counter()
     progress.bar.close()
-    student.requires_grad_(True)
+    student.requires_grad_(True)            # the next stage's row freezes again
     return progress.seconds
 
 
 def load_teacher(run, tokenizer, data, data_name):
-    """The teacher on its device. UsageError if the data has ids that it has no embedding for."""
+    """The teacher, frozen, on its device and with only the layers that --n_layer needs
+
+    UsageError if the data has ids that it has no embedding for: on a GPU such an id would end the
+    run in the middle, with an assertion in some kernel.
+    """
     args = run.args
     teacher = Teacher.load(args.teacher, run.device, run.dtype).at(args.n_layer)
-    rows = teacher.config.vocab_size
+    rows = teacher.config.vocab_size        # of its embedding: often more than its tokenizer has
     tokenizer.check_rows(rows)
-    largest = 0 if args.stream else data.largest_id(rows)
+    largest = 0 if args.stream else data.largest_id(rows)       # a stream has no end to look for
     if largest >= rows:
         raise UsageError(f"{data_name} has ids up to {largest:,}, the teacher has embeddings for "
                          f"{rows:,} tokens: prepare it with --teacher")
@@ -343,33 +361,31 @@ def load_teacher(run, tokenizer, data, data_name):
 
 
 def make_tiny_teacher(run, tokenizer):
-    """The teacher does not depend on the run's seed: all runs share it."""
+    """Train out/tiny-teacher, which all runs share: it does not depend on this run's seed."""
     args = argparse.Namespace(**vars(run.args) | {"seed": 0})
     run.open_log({"teacher": 0})
     train_tiny(open_data(args, tokenizer)[0], tokenizer, run.log, args.teacher_tokens, run.device,
                run.autocast)
 
 
-def previous_stage(run, stage):
-    """The stage whose folder `stage` starts from: this command's last, or the one before"""
-    return max((s for s in run.checkpoints.finished if s < stage), default=stage - 1)
-
-
-def load_or_init_student(run, stage, previous, teacher, calibration_tokens):
+def load_or_init_student(run, stage, teacher, calibration_tokens):
     """What `stage` starts from: the previous stage's folder, loaded strictly, or a fresh student.
 
-    -> the student, {"tokens", "seconds"} spent on it so far
+    calibration_tokens (B, L)   -> the student on the CPU, {"tokens", "seconds"} spent on it so far
+    UsageError if that folder's student is not one of this teacher and of these flags.
     """
     args = run.args
+    # With --stage 1 3, stage 3 goes on from stage 1; with --stage 3 alone, from stage 2's folder.
+    previous = max((s for s in run.checkpoints.finished if s < stage), default=stage - 1)
     folder = run.folder / f"stage{previous}"
     if folder.exists():
-        student = SSM.from_pretrained(folder)
+        student = SSM.from_pretrained(folder)                   # every tensor, and no other
         about = read_about(folder)
         if why := mismatch(student.config, about, teacher, args):
             raise UsageError(f"{folder} {why}")
         print(f"stage {stage} | from {folder} ({about['tokens']:,} tokens) | {student.loaded}")
         return student, about
-    if stage > 1:
+    if stage > 1:                           # allowed, as in the paper's ablations, but not silent
         print(f"stage {stage} | there is no {folder}: starts from a copy of the teacher instead")
     student = init_student(args, teacher, calibration_tokens)
     states = student.layers[student.ssm_layers[0]].mixer.initial_state(1)
@@ -386,7 +402,11 @@ def init_student(args, teacher, calibration_tokens):
 
 
 def mismatch(config, about, teacher, args):
-    """Why a stage's folder is not what this command goes on from, or None"""
+    """Why a stage's folder is not what this command goes on from, or None
+
+    config, about: of the student in the folder. Without these checks a student would go on with
+    another teacher's targets, and its loss would not show it.
+    """
     if about.get("teacher_fingerprint") != teacher.fingerprint:
         return (f"was distilled from {about.get('teacher')}, whose weights are not those of "
                 f"{teacher.name}: choose another --out, or run the stages before it again")
@@ -405,11 +425,12 @@ def mismatch(config, about, teacher, args):
 def student_config(args):
     """The student's shapes, from the teacher's configuration alone: no weights are read.
 
-    UsageError where the teacher has what a student cannot have.
+    UsageError where the teacher has what a student cannot have. So a mistake shows within seconds,
+    before gigabytes of weights and text are downloaded.
     """
     hf = hf_config(args.teacher)
     n_layer = hf.num_hidden_layers if args.n_layer is None else args.n_layer
-    shapes = Teacher.random(hf, "meta").at(n_layer).shapes
+    shapes = Teacher.random(hf, "meta").at(n_layer).shapes      # meta: tensors with no contents
     config = Config(**shapes | {"attn_layers": kept_attention(args, n_layer),
                                 "mixer": args.mixer})
     for number, stage in stage_table(args).items():
@@ -437,7 +458,10 @@ def layer_numbers(names, n_layer):
 
 
 def finish(run):
-    """The report, and nothing left of what only an unfinished run needs"""
+    """The report, and nothing left of what only an unfinished run needs
+
+    last/ goes after report.md is written: the same command, after a kill in between, reports again.
+    """
     args, checkpoints = run.args, run.checkpoints
     barrier()
     if run.rank:
@@ -445,6 +469,7 @@ def finish(run):
     rows = {name: row for name, row in checkpoints.rows.items() if name in ("teacher", "copied")}
     last = max(checkpoints.finished)
     for stage in range(1, last + 1):        # earlier stages of this student are read from disk
+        # A folder of a stage that was left out (--stage 1 3) is of an older run.
         of_this_student = stage in args.stage or stage < args.stage[0]
         if of_this_student and (run.folder / f"stage{stage}").exists():
             rows[f"stage {stage}"] = read_about(run.folder / f"stage{stage}")
@@ -455,7 +480,10 @@ def finish(run):
 
 
 def report(run, rows):
-    """The table that ends a run, on the screen and in report.md"""
+    """The table that ends a run, on the screen and in report.md
+
+    rows: {name: what compare says of a model, and tokens and seconds spent on it if it has any}
+    """
     table = [f"| {'model':<12} | val loss |    ppl |     KL |  top-1 |        tokens | seconds |",
              f"|{'-' * 14}|{'-' * 10}|{'-' * 8}|{'-' * 8}|{'-' * 8}|{'-' * 15}|{'-' * 9}|"]
     for name, row in rows.items():
@@ -464,14 +492,9 @@ def report(run, rows):
                      f"{row['kl']:6.4f} | {row['top1']:6.1%} | {spent:<23} |")
     (run.folder / "report.md").write_text("\n".join(table) + "\n", encoding="utf-8")
     print("\n" + "\n".join(table))
-    print("\nval loss and KL to the teacher in nats per held-out token; tokens and seconds count "
-          f"from the copy on; peak memory {run.memory() / 1e9:.1f} GB\n"
+    print("\nval loss and KL to the teacher in nats per validation token; tokens and seconds "
+          f"count from the copy on; peak memory {run.memory() / 1e9:.1f} GB\n"
           f"saved {run.folder}/report.md | next: python eval.py {run.folder}")
-
-
-def describe_row(row):
-    """What compare says of a student, in a line"""
-    return f"val loss {row['loss']:.4f} | KL {row['kl']:.4f} | top-1 {row['top1']:.1%}"
 
 
 def read_about(folder):
@@ -489,7 +512,10 @@ def first_line_of_doc(loss_fn):
 # What is trained, how fast, and how well the machine is used.
 
 def stage_table(args):
-    """STAGES with the options of the command line -> {number: Stage}"""
+    """STAGES with the options of the command line -> {number: Stage}
+
+    UsageError for an objective that is not there, or with options it does not have.
+    """
     stages = STAGES | {3: STAGES[3]._replace(loss_fn=functools.partial(
         knowledge_distillation, loss=args.loss, temperature=args.temperature,
         hard_weight=args.hard_weight))}
@@ -499,7 +525,7 @@ def stage_table(args):
         except ImportError as error:
             raise UsageError("--objective needs extras/objectives.py, which is missing") from error
         stages[2] = objective_stage(args.objective, stages)
-    if args.train == "mixer":
+    if args.train == "mixer":               # the copied weights stay the teacher's, in stage 3 too
         for number, stage in stages.items():
             names = [name for name in stage.trainable if name.startswith("mixer.")]
             stages[number] = stage._replace(trainable=tuple(names) or ("mixer.",),
@@ -508,14 +534,21 @@ def stage_table(args):
 
 
 def is_trainable(name, stage, n_layer):
-    """name: of a parameter. In rows of extras/objectives.py LAST is the last layer's number."""
+    """Does this stage train the parameter of this name?
+
+    In rows of extras/objectives.py LAST stands for the last layer's number.
+    """
     def contains(parts):
         return any(part.replace("LAST", str(n_layer - 1)) in name for part in parts)
     return contains(stage.trainable) and not contains(stage.frozen)
 
 
 def choose_trainable(student, stage):
-    """Freeze all but what the stage trains. -> {name: parameter}"""
+    """Freeze all but what the stage trains. -> {name: parameter}
+
+    The others are frozen, not just left out of the optimizer: backward makes no gradient for them,
+    which saves time and memory, and DDP does not wait for one.
+    """
     if isinstance(student, FSDPModule):     # an evaluation may have left some parameters gathered:
         student.reshard()                   # other objects than the shards that are trained
     params = {}
@@ -529,13 +562,14 @@ def choose_trainable(student, stage):
 def find_frozen_rows(student, stage):
     """-> [(weight, which of its rows, their values)]: rows of in_proj the loss does not depend on
 
-    Weight decay would shrink them all the same, so they are put back after each step.
+    Their gradient is 0, but AdamW's weight decay would shrink them all the same: stage 1 would wear
+    down the v that --init may have taken from the teacher. So they are put back after each step.
     """
     frozen_rows = []
     layers = student.ssm_layers if stage.unreached_in == "all" else [student.config.n_layer - 1]
     for i in layers if stage.unreached else ():
         mixer = student.layers[i].mixer
-        weight = mixer.in_proj.weight.detach()
+        weight = mixer.in_proj.weight.detach()                  # shares the parameter's memory
         rows = torch.zeros(len(weight), dtype=torch.bool)
         for part in stage.unreached:
             mixer.split_in_proj(rows)[part][:] = True               # views of `rows`
@@ -559,7 +593,9 @@ def describe_trainable(params, student):
 
 
 def wsd(step, steps, warmup=0.1, decay=0.1):
-    """Warm up, stay, decay: the share of the peak learning rate at `step` of `steps`.
+    """Warm up, stay, decay: the share of the peak learning rate at `step` of `steps`, as in [1]
+
+    warmup, decay: shares of the steps. The first step is not at 0: it would be wasted.
 
     >>> [wsd(step, 10, 0.2, 0.4) for step in (0, 1, 5, 6, 8, 9)]
     [0.5, 1.0, 1.0, 1.0, 0.5, 0.25]
@@ -568,8 +604,8 @@ def wsd(step, steps, warmup=0.1, decay=0.1):
 
 
 def make_optimizer(params, args):
-    """AdamW. Weight decay for matrices only: it would pull norms and D to 0, and the convolution,
-    whose start is the identity."""
+    """AdamW [2]. Weight decay is for matrices only: norms and D should not go to 0, nor should the
+    convolution, whose start is the identity."""
     matrices = [p for p in params.values() if p.dim() == 2]
     others = [p for p in params.values() if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
@@ -590,13 +626,16 @@ def set_lr(optimizer, lr):
 
 
 def clip_gradients(params, limit):
-    """Scale the gradients down to a norm of `limit` (0: no limit). -> the norm before"""
+    """Scale the gradients down to a norm of `limit` (0: no limit). -> the norm before, of all"""
     norm = torch.nn.utils.clip_grad_norm_(params.values(), limit or math.inf)
     return full_tensor(norm).item()
 
 
 def not_finite(name, step, offset, windows, loss, gnorm):
-    """The message for a loss or gradient that is NaN or infinite: where it was, and what to do"""
+    """The message for a loss or gradient that is NaN or infinite: where it was, and what to do
+
+    The run stops before the step, since AdamW would write a NaN into every weight and its moments.
+    """
     cure = "try a lower --lr" if step else "no weight has changed yet, so look at the teacher's"
     return (f"{name} step {step + 1}, windows {offset} to {offset + windows - 1}: loss {loss}, "
             f"gradient norm {gnorm}; these weights were not saved, {cure}")
@@ -605,29 +644,31 @@ def not_finite(name, step, offset, windows, loss, gnorm):
 def flops_per_token(config, hf, stage, L):
     """Matrix-product FLOPs of teacher, student and backward for one token, at a length of L.
 
-    A weight costs 2 FLOPs forward; 2 more where its own gradient is needed, 2 more where its
-    input's is. Causal attention looks at L / 2 keys on average, at 2 P FLOPs for scores and 2 P for
-    values each; SSD in chunks of Q costs each head 2 Q (N + P) inside and 4 N P through the state.
-    mfu is this, times tokens/s, over the machine's peak. None for a loss that is not in STAGES.
+    A weight costs 2 FLOPs forward (one product, one sum); 2 more where its own gradient is needed,
+    2 more where its input's is. Causal attention looks at L / 2 keys on average, at 2 P FLOPs for
+    scores and 2 P for values each; SSD in chunks of Q costs each head 2 Q (N + P) inside and 4 N P
+    through the state. mfu is this, times tokens/s, over the machine's peak. None for a loss that is
+    not in STAGES.
     """
     kinds = {matrix_orientation: 1, hidden_state_alignment: 2, knowledge_distillation: 3}
-    kind = kinds.get(getattr(stage.loss_fn, "func", stage.loss_fn))
+    kind = kinds.get(getattr(stage.loss_fn, "func", stage.loss_fn))     # stage 3's is a partial
     if kind is None or config.mixer != "mamba2":
         return None
     D, H, P, N = config.d_model, config.n_head, config.head_dim, config.d_state
     ssm_layers = [i for i in range(config.n_layer) if i not in config.attn_layers]
     n_ssm = len(ssm_layers)
     n_attn = config.n_layer - n_ssm
-    mlp = (2 if config.block == "phi" else 3) * D * config.d_mlp
-    qkvo = 2 * D * config.d_inner + 2 * D * config.n_kv_head * P
+    # weights of a layer's parts
+    mlp = (2 if config.block == "phi" else 3) * D * config.d_mlp        # 3: Llama's has a gate
+    qkvo = 2 * D * config.d_inner + 2 * D * config.n_kv_head * P        # q, o; k, v
     scores = 2 * L * config.d_inner                         # causal: half of 4 L H P
     head = config.vocab_size * D
-    in_proj = D * (2 * config.d_inner + 2 * config.n_qk_head * N + H)
+    in_proj = D * (2 * config.d_inner + 2 * config.n_qk_head * N + H)   # v, z; q, k; a
     out_proj = D * config.d_inner
-    conv = 2 * config.d_conv * (config.d_inner + 2 * config.n_qk_head * N)
+    conv = 2 * config.d_conv * (config.d_inner + 2 * config.n_qk_head * N)      # FLOPs already
     Q = chunk_length(P)
-    ssd = H * (2 * Q * (N + P) + 4 * N * P)
-    ssd_backward = H * (2 * Q * (3 * N + 2 * P) + 8 * N * P)
+    ssd = H * (2 * Q * (N + P) + 4 * N * P)             # q k^T and M v; k v^T and q S
+    ssd_backward = H * (2 * Q * (3 * N + 2 * P) + 8 * N * P)    # q k^T, dq, dk; dM, dv
 
     # Stages 1 and 2 need no layer of the teacher after the student's last SSM layer.
     runs = hf.num_hidden_layers if kind == 3 else max(ssm_layers, default=-1) + 1
@@ -640,7 +681,8 @@ def flops_per_token(config, hf, stage, L):
         through_mlp = 0 if config.block == "phi" else 2 * mlp
         backward = 2 * in_proj + 2 * conv + 4 * out_proj + ssd_backward + through_mlp
         return teacher + n_ssm * (block + backward)
-    attention = 2 * (qkvo + mlp) + scores
+    attention = 2 * (qkvo + mlp) + scores               # of a layer that keeps it
+    # everything is trained: 4 a weight. FlashAttention's backward is 2.5 times its forward.
     backward = (n_ssm * (4 * (in_proj + out_proj + mlp) + 2 * conv + ssd_backward)
                 + n_attn * (4 * (qkvo + mlp) + 2.5 * scores) + 4 * head)
     return (teacher + 2 * head) + (n_ssm * block + n_attn * attention + 2 * head) + backward
@@ -651,19 +693,18 @@ class Progress:
 
     def __init__(self, run, name, steps, batch, flops, done, seconds):
         self.run, self.name, self.steps, self.batch, self.flops = run, name, steps, batch, flops
-        self.seconds = seconds                          # spent before this process began
-        self.start = time.perf_counter() - seconds
-        self.saved = time.perf_counter()
+        self.seconds = seconds                          # of training, before this process began
+        self.start = time.perf_counter() - seconds      # as if it had all been one process
+        self.saved = time.perf_counter()                # when train last saved a state
         self.bar = tqdm(total=steps * batch, desc=name, unit=" tokens", unit_scale=True,
                         mininterval=0.5, initial=done * batch, disable=run.rank > 0)
 
-    def minutes_since_save(self):
-        return (time.perf_counter() - self.saved) / 60
-
     def update(self, step, loss, relative, lr, gnorm):
+        """One step is done. Every step is in the log, about eight lines are on the screen."""
         tokens = (step + 1) * self.batch
         self.seconds = time.perf_counter() - self.start
         speed = tokens / self.seconds
+        # model FLOPs utilisation: the share of the peak that goes into matrix products we need
         mfu = self.flops and speed * self.flops / (self.run.peak * self.run.world)
         self.run.log({"stage": self.name, "step": step + 1, "loss": loss, "relative": relative,
                       "lr": lr, "gnorm": gnorm, "tokens": tokens, "tok_s": speed, "mfu": mfu})
@@ -675,17 +716,8 @@ class Progress:
                 f"{self.name} step {step + 1:5}/{self.steps} | loss {loss:9.4f} | relative "
                 f"{relative:7.1%} | lr {lr:.1e} | gnorm {gnorm:8.3f} | {tokens / 1e6:.2f}M "
                 f"tokens | {speed:,.0f} tok/s | {share}"
-                f"{clock((self.bar.total - tokens) / speed)} to go",
+                f"{tqdm.format_interval((self.bar.total - tokens) / speed)} to go",
                 file=sys.stdout)
-
-
-def clock(seconds):
-    """
-    >>> clock(75), clock(3840)
-    ('1m15s', '1h04m')
-    """
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes}m{seconds:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
 
 
 # -----------------------------------------------------------------------------
@@ -705,7 +737,8 @@ class Run:
         self.device, self.bf16, why = choose_device(args.device, args.fp32)
         self.rank, self.world = init_processes(self.device)
         on_gpu_in_bf16 = self.device == "cuda" and self.bf16
-        self.dtype = torch.bfloat16 if on_gpu_in_bf16 else torch.float32        # the teacher's
+        # The teacher's: it is frozen, so bf16 costs it no update. The student's weights stay fp32.
+        self.dtype = torch.bfloat16 if on_gpu_in_bf16 else torch.float32
         self.stop = None
         self.budget = sum(budget.tokens for budget in args.budgets.values())
         self.checkpoints = Checkpoints(self.folder / "last", self.rank)
@@ -726,7 +759,10 @@ class Run:
         return torch.autocast(self.device, torch.bfloat16, enabled=enabled)
 
     def lock(self):
-        """From here on no other process writes to this folder, until this one ends."""
+        """From here on no other process writes to this folder, until this one ends.
+
+        UsageError if one does already. The system frees the lock of a process that was killed.
+        """
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file_lock = filelock.FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
@@ -737,7 +773,10 @@ class Run:
                                  "or choose another --out") from error
 
     def reset(self, teacher, data_name):
-        """A new run: nothing of an old one may be taken for it."""
+        """A new run: nothing of an old one may be taken for it.
+
+        Stage folders stay until they are replaced: --stage 3 starts from stage 2's.
+        """
         if self.rank == 0:
             shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
             self.checkpoints.folder.mkdir(parents=True)
@@ -749,11 +788,11 @@ class Run:
         """The peak of memory in bytes: on a GPU of all tensors, else of this process"""
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated()
-        unit = 1 if sys.platform == "darwin" else 2**10
+        unit = 1 if sys.platform == "darwin" else 2**10         # bytes on macOS, else KiB
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def mean(self, numbers):
-        """Of each number its mean over all processes, as floats"""
+        """The mean of each number over all processes, as floats: the GPU is waited for once."""
         values = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.device)
                               for x in numbers])
         if self.world > 1:
@@ -762,9 +801,10 @@ class Run:
         return values.tolist()
 
     def open_log(self, steps):
-        """Reopen log.jsonl. Of each stage in {stage: n} keep the first n steps, of others all.
+        """Reopen log.jsonl. Keep the first n steps of each stage in {stage: n}, and all of others.
 
-        So stages that are run one by one share a log.
+        So stages that are run one by one share a log, and a step that is computed again after a
+        kill is not in it twice.
         """
         if self.rank:
             return
@@ -792,24 +832,26 @@ class Run:
                                     cwd=Path(__file__).parent).stdout.decode("ascii").strip()
         except OSError:                                 # no git on this machine
             commit = ""
-        budgets = {stage: vars(budget) for stage, budget in self.args.budgets.items()}
-        about = {"arguments": vars(self.args) | {"budgets": budgets}, "teacher": teacher.name,
+        about = {"arguments": vars(self.args), "teacher": teacher.name,
                  "teacher_fingerprint": teacher.fingerprint, "data": data_name,
                  "processes": self.world, "commit": commit,
                  "machine": platform.processor() or platform.machine(),
                  "versions": {"python": platform.python_version(), "torch": torch.__version__,
                               "transformers": transformers.__version__}}
-        text = json.dumps(about, indent=1) + "\n"
+        text = json.dumps(about, indent=1, default=vars) + "\n"         # vars: of the budgets
         (self.folder / "run.json").write_text(text, encoding="utf-8")
 
 
 def run_folder(args):
-    """Where the run is written"""
+    """Where the run is written: a preset's runs share a folder, so stages may be run one by one."""
     return Path(args.out or f"out/{args.preset}")
 
 
 def is_finished(args):
-    """Was this very command, in all that decides the weights, run to its end in this folder?"""
+    """Was this very command, in all that decides the weights, run to its end in this folder?
+
+    Looked up before anything is loaded. last/ is there while a run is unfinished, and only then.
+    """
     folder = run_folder(args)
     needed = [folder / "run.json", folder / "report.md"]
     needed += [folder / f"stage{stage}" for stage in args.stage]
@@ -840,18 +882,21 @@ NOT_RECIPE = {
 
 
 def recipe_of_arguments(arguments):
-    """What decides a run's weights, of its arguments (a dict, as run.json holds it, too)"""
+    """The arguments that decide a run's weights -> {name: value}, as JSON gives them back
+
+    arguments: vars(args), or what a run.json has. A tuple would differ from the list it becomes.
+    """
+    arguments = json.loads(json.dumps(arguments, default=vars))         # budgets are Namespaces
     budgets = arguments.get("budgets") or arguments.get("plans")        # older runs say plans
     recipe = {key: value for key, value in arguments.items() if key not in NOT_RECIPE}
     for stage, budget in budgets.items():
-        budget = budget if isinstance(budget, dict) else vars(budget)
         recipe |= {f"stage {stage} {key}": value for key, value in budget.items()
                    if key != "micro_batch"}
-    return json.loads(json.dumps(recipe))
+    return recipe
 
 
 def recipe_of(args, teacher, data):
-    """What must be the same for an unfinished run to go on"""
+    """What must be the same for an unfinished run to go on: a folder of text may have changed"""
     return recipe_of_arguments(vars(args)) | {
         "teacher's weights": teacher.fingerprint, "data's checksums": data.fingerprint}
 
@@ -864,7 +909,10 @@ def differences(before, now):
 
 @contextlib.contextmanager
 def stop_on_signals(run):
-    """Within, SIGTERM and Ctrl-C only set run.stop."""
+    """Within, SIGTERM and Ctrl-C only set run.stop: train saves, then stops.
+
+    Clusters send SIGTERM some seconds before they kill. Outside, both end the process as usual.
+    """
     def note(number, frame):
         run.stop = number
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -875,27 +923,20 @@ def stop_on_signals(run):
             signal.signal(number, handler)
 
 
-class Stopped(SystemExit):
-    """SIGTERM or Ctrl-C, after what was done is saved"""
-
-    def __init__(self, number, where):
-        print(f"\nstopped by {signal.Signals(number).name} in {where}: "
-              "the same command goes on from here", file=sys.stderr)
-        super().__init__(128 + number)
-
-
 class Checkpoints:
     """What an unfinished run needs to go on, in out/<run>/last; gone when the run ends.
 
     run.json                            the recipe, the stages that are finished, the report so far
     <stage>-<step>-<hash>.safetensors   weights, and AdamW's moments of what is trained, whatever
                                         number of processes had them. The newest two stay.
-    The learning rate and the data are functions of the step, and nothing else is random.
+    The learning rate and the data are functions of the step, and nothing else is random: weights,
+    moments and the step are all there is to save. Two states are there because the newest may be
+    damaged when a machine goes down.
     """
 
     def __init__(self, folder, rank=0):
         self.folder, self.rank = folder, rank
-        self.finished, self.rows = [], {}
+        self.finished, self.rows = [], {}               # stages; {name: row of the report}
 
     def find_unfinished(self, recipe, fresh):
         """Read what is here of an unfinished run, which must have this recipe. Changes no file."""
@@ -917,7 +958,7 @@ class Checkpoints:
         self.rows |= rows
         if self.rank == 0:
             about = {"recipe": self.recipe, "finished": self.finished, "rows": self.rows}
-            partial = self.folder / ".run.json"
+            partial = self.folder / ".run.json"     # a kill leaves the old file or the new one
             partial.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
             partial.replace(self.folder / "run.json")
             if stage:                               # its model folder is what counts now
@@ -930,13 +971,18 @@ class Checkpoints:
                       key=lambda path: -int(path.stem.split("-")[1]))
 
     def save(self, name, step, seconds, student, params, optimizer):
-        """Write the state after `step` steps. All processes call it, rank 0 writes."""
+        """Write the state after `step` steps. All processes call it, rank 0 writes.
+
+        params: {name: p} of those that are trained. The others have no moments.
+        """
         tensors = {f"weights.{key}": p.detach() for key, p in student.named_parameters()}
         for key, p in params.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in ("exp_avg", "exp_avg_sq"):                    # AdamW's m and v [2]
                 if p in optimizer.state:
                     tensors[f"{moment}.{key}"] = optimizer.state[p][moment]
-        for key, x in tensors.items():      # every process takes part in gathering, rank 0 keeps
+        # Every process takes part in gathering. Rank 0 moves each tensor to the CPU before the
+        # next: a GPU that has a shard of the model need not have room for all of it.
+        for key, x in tensors.items():
             gathered = full_tensor(x)
             if self.rank == 0:
                 tensors[key] = gathered if gathered is x else gathered.cpu()
@@ -945,20 +991,21 @@ class Checkpoints:
         barrier()
 
     def save_and_stop(self, name, step, steps, seconds, student, params, optimizer, number):
-        """number: of the signal that ended the run"""
+        """Save the state after `step` steps, and exit as the signal of this number would have"""
         if step:
             self.save(name, step, seconds, student, params, optimizer)
-        raise Stopped(number, f"{name}, after {step} of {steps} steps")
+        print(f"\nstopped by {signal.Signals(number).name} in {name}, after {step} of "
+              f"{steps} steps: the same command goes on from here", file=sys.stderr)
+        raise SystemExit(128 + number)
 
     def write(self, name, step, seconds, tensors):
-        """A file that is named after its checksum once it was read back and found right"""
+        """A file that is named after its checksum, in one step: no reader meets half of it
+
+        UsageError if it cannot be written. The states before it go only after that.
+        """
         partial = self.folder / ".partial"
         try:
             save_file(tensors, partial, metadata={"seconds": str(seconds)})
-            with safe_open(partial, "pt") as file:
-                if not all(torch.equal(file.get_tensor(key), x.cpu())
-                           for key, x in tensors.items()):
-                    raise OSError("what was read back is not what was written")
             partial.rename(self.folder / f"{name}-{step}-{checksum(partial)}.safetensors")
         except Exception as error:          # a full disk is an error of half a dozen types
             partial.unlink(missing_ok=True)
@@ -969,7 +1016,12 @@ class Checkpoints:
             old.unlink()
 
     def restore(self, name, student, params, optimizer):
-        """Load the newest undamaged state of this stage. -> steps done, seconds taken"""
+        """Load the newest undamaged state of this stage. -> steps done, seconds taken
+
+        A file has every tensor in full, so any number of processes may go on from it. All of them
+        read it, one tensor at a time. (set_state_dict of torch.distributed.checkpoint would replace
+        moments of 8 bits by fp32 ones, and have old and new moments in memory at once.)
+        """
         for path in self.states(name):
             _, step, digest = path.stem.split("-")
             if checksum(path) != digest:
@@ -981,9 +1033,10 @@ class Checkpoints:
                     p.copy_(distribute_like(p, file.get_tensor(f"weights.{key}")))
                 for key, p in params.items():
                     state = optimizer.state[p]
-                    state["step"].fill_(int(step))
+                    state["step"].fill_(int(step))      # for Adam's bias correction
                     for moment in ("exp_avg", "exp_avg_sq"):
                         value = file.get_tensor(f"{moment}.{key}")
+                        # copy_ keeps the kind: 8 bits stay 8 bits, shards stay shards
                         state[moment].copy_(distribute_like(p, value))
                 seconds = float(file.metadata()["seconds"])
             print(f"{name} | goes on from {path}")
@@ -992,8 +1045,11 @@ class Checkpoints:
 
 
 def allocate_moments(params, optimizer):
-    """A step with zero gradients makes the optimizer allocate its state, be it fp32, of 8 bits or
-    in shards; its values are overwritten."""
+    """A step with zero gradients makes the optimizer allocate its state
+
+    Be it fp32, of 8 bits or in shards: only the optimizer knows which. Its values, and the weights
+    that weight decay has shrunk, are overwritten with what was saved.
+    """
     for p in params.values():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -1001,6 +1057,7 @@ def allocate_moments(params, optimizer):
 
 
 def checksum(path):
+    """128 bits of xxh3: against damage, not forgery"""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
@@ -1017,13 +1074,14 @@ def peak_of(device, bf16):
     for name, (peak, _) in GPUS.items():
         if device == "cuda" and name in torch.cuda.get_device_name():
             return peak, f"what {name} promises in bf16"
-    n = 1024 if device == "cpu" else 8192
+    n = 1024 if device == "cpu" else 8192       # large enough to be bound by the arithmetic
     times = []
     x = torch.ones(n, n, dtype=torch.bfloat16 if bf16 else torch.float32, device=device)
     for _ in range(10):
         start = time.perf_counter()
-        (x @ x)[0, 0].item()
+        (x @ x)[0, 0].item()                    # .item() waits for the GPU
         times.append(time.perf_counter() - start)
+    # the fastest of ten: the others shared the machine with something
     return 2 * n**3 / min(times), f"measured, {x.dtype} products".replace("torch.", "")
 
 
@@ -1032,7 +1090,7 @@ def peak_of(device, bf16):
 
 def init_processes(device):
     """Of the processes that torchrun started, this is one. -> its number, how many there are"""
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ:            # torchrun sets it
         return 0, 1
     local = None
     if device == "cuda":
@@ -1055,7 +1113,7 @@ def print_once(text):
 
 
 def barrier():
-    """Wait until all processes are here"""
+    """Wait until all processes are here: none reads a file that rank 0 has not written yet."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -1067,7 +1125,7 @@ def rank_0_first(run):
         barrier()
     try:
         yield
-    finally:
+    finally:                                # after an error, too: the others would wait forever
         if run.rank == 0:
             barrier()
 
@@ -1084,20 +1142,15 @@ def wrap_ddp(loss_fn, student, teacher, run):
     compute_losses = functools.partial(loss_fn, student, teacher)
     if run.world == 1 or run.args.fsdp:
         return compute_losses, contextlib.nullcontext
-    ddp = DistributedDataParallel(LossModule(student, compute_losses), gradient_as_bucket_view=True)
+    module = nn.Module()                    # a student whose forward gives its losses
+    module.student = student
+    module.forward = compute_losses
+    ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
     return ddp, ddp.no_sync
 
 
-class LossModule(nn.Module):
-    """What DDP wraps: a student whose forward gives its losses"""
-
-    def __init__(self, student, compute_losses):
-        super().__init__()
-        self.student, self.forward = student, compute_losses
-
-
 def compile_and_shard(model, shard, args):
-    """--compile compiles each layer, --fsdp shards the model"""
+    """--compile compiles each layer, --fsdp shards the model by shard(model)."""
     if args.compile:
         for layer in model.layers:
             layer.compile()
@@ -1106,7 +1159,11 @@ def compile_and_shard(model, shard, args):
 
 
 def shard_student(student):
-    """FSDP2, one shard group for each layer and one for embedding, last norm and head"""
+    """FSDP2, one shard group for each layer and one for embedding, last norm and head
+
+    A layer's weights are gathered when it is called and freed after. FSDP2 only sees forward(), so
+    the other methods that compute with the weights are registered.
+    """
     # FSDP2 warns of in-place changes to views among a layer's outputs. There are none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     for layer in student.layers:
@@ -1119,8 +1176,12 @@ def shard_student(student):
 
 
 def shard_teacher(teacher):
-    """FSDP2, one shard group for each part of the frozen teacher"""
-    head = teacher.model.lm_head                    # frozen, so it may be untied
+    """FSDP2, one shard group for each part of the frozen teacher
+
+    The stages call its parts, not the model, so each part has to be a group of its own.
+    """
+    # A weight that embedding and head share would be in two groups. Frozen, it may be two weights.
+    head = teacher.model.lm_head
     head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
     for part in (teacher.decoder.embed_tokens, *teacher.decoder.layers, teacher.final_norm, head):
         fully_shard(part)
@@ -1137,15 +1198,18 @@ def gather_student(student):
 
 
 def full_tensor(x):
-    """x, gathered from its shards if it has some, in which all processes take part; and in full
-    width if it has 8 bits"""
+    """x in full: gathered from its shards if it has some, and dequantised if it has 8 bits
+
+    All processes have to call it, or those that do wait forever.
+    """
     x = x.full_tensor() if isinstance(x, DTensor) else x
     return x.dequantize() if hasattr(x, "codes") else x
 
 
 def distribute_like(p, x):
-    """x on p's device, in shards if p is"""
+    """x, which every process has in full, on p's device and in shards as p is"""
     if isinstance(p, DTensor):
+        # None: each process cuts its shard out of its own x, with nothing sent
         return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
     return x.to(p.device)
 
@@ -1154,26 +1218,11 @@ def distribute_like(p, x):
 # The command line.
 
 def parse(arguments=None):
-    """-> the arguments, with budgets = {stage: tokens, batch, lr, micro_batch}
-
-    UsageError where they do not fit.
-    """
-    parser = Parser(__doc__ + MORE)
+    """-> the arguments, with budgets = {stage: tokens, batch, lr, micro_batch}, or UsageError"""
+    parser = Parser(__doc__)
     add_method_flags(parser.add_argument)
     add_run_flags(parser.add_argument)
     return resolve(parser.parse_args(arguments))
-
-
-MORE = """
-beside the method (each has a -h of its own):
-  python -m extras.cost --gpu H100          what a run would cost; each stage timed
-  python -m extras.mixers                   the study of mixers and their initialisations
-  python -m extras.objectives               the study of objectives for shallower students
-  python -m extras.export out/tiny FOLDER   a folder that transformers loads
-  python -m extras.benchmarks out/tiny --tasks ...          lm-evaluation-harness
-  python -m extras.pictures out/tiny        PNG files of a run
-  python -m extras.bench_kernel             the SSD kernel beside its peers
-"""
 
 
 def add_method_flags(add):
@@ -1198,26 +1247,21 @@ def add_method_flags(add):
     add("--objective", nargs="+", metavar=("NAME", "KEY=VALUE"), help="another loss in stage 2's "
         "place: od, hs, mha, matrix or next, see extras/objectives.py")
     # how much: one value for each stage, or one for all
-    add("--tokens", type=count, nargs="+", help="budget; one for all is split as the "
-        "recipe's [the preset's]")
+    add("--tokens", type=count, nargs="+", help="budget; one is split by the recipe [the preset's]")
     add("--batch", type=count, nargs="+", help="tokens per update [the preset's]")
     add("--lr", type=positive, nargs="+", help="peak learning rate [the preset's]")
     # how
     add("--loss", choices=("kl", "ce"), default="kl", help="of stage 3; same gradient [kl]")
-    add("--temperature", type=positive, default=1.0, help="of both models' predictions in "
-        "stage 3 [1]")
-    add("--hard_weight", type=not_negative, default=0.0, help="of the next-token loss beside "
-        "stage 3's [0]")
+    add("--temperature", type=positive, default=1.0, help="of both predictions in stage 3 [1]")
+    add("--hard_weight", type=not_negative, default=0.0, help="of stage 3's next-token loss [0]")
     add("--train", choices=("paper", "mixer"), default="paper",
         help="what is trained: as in the paper, or the mixers only, in stage 3 too [paper]")
     add("--context", type=at_least_one, help="tokens per window [the preset's]")
-    add("--warmup", type=fraction, help="share of the steps in which the learning "
-        "rate rises [0.1]")
+    add("--warmup", type=fraction, help="share of the steps in which the rate rises [0.1]")
     add("--decay", type=fraction, help="share of the steps in which it falls [the recipe's]")
     add("--betas", type=fraction, nargs=2, default=(0.9, 0.95), help="AdamW's [0.9 0.95]")
     add("--weight_decay", type=not_negative, default=0.1, help="of matrices [%(default)s]")
-    add("--clip", type=not_negative, default=1.0, help="largest gradient norm, 0: no limit "
-        "[%(default)s]")
+    add("--clip", type=not_negative, default=1.0, help="largest gradient norm, 0: none [1.0]")
     add("--optimizer", choices=("adamw", "adamw8bit"), default="adamw",
         help="of 8 bits: 2 bytes a parameter instead of 8, needs torchao [%(default)s]")
     add("--teacher_tokens", type=count, default=4 * 10**6, help="for the tiny one [%(default)s]")
@@ -1228,13 +1272,10 @@ def add_run_flags(add):
     add("--out", help="folder of the run [out/<preset>]")
     add("--fresh", action="store_true", help="start over, where a run lies")
     add("--seed", type=count, default=0, help="of new weights and of data order [%(default)s]")
-    add("--eval_tokens", type=at_least_one, help="held-out tokens to read [the preset's]")
-    add("--save_minutes", type=not_negative, default=10, help="between two states to go on "
-        "from [10]")
-    add("--device", default="auto", choices=("auto", "cuda", "cpu"),
-        help="to compute on [%(default)s]")
-    add("--micro_batch", type=at_least_one, help="windows at once; the rest of a batch is "
-        "accumulated [the preset's]")
+    add("--eval_tokens", type=at_least_one, help="validation tokens to read [the preset's]")
+    add("--save_minutes", type=not_negative, default=10, help="between two saved states [10]")
+    add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="to compute on [auto]")
+    add("--micro_batch", type=at_least_one, help="windows at once, at most [the preset's]")
     add("--recompute", action="store_true",
         help="keep one activation a layer for the backward and compute the others again")
     add("--fp32", action="store_true", help="never compute in bf16")
@@ -1243,7 +1284,10 @@ def add_run_flags(add):
 
 
 def resolve(args, world=None):
-    """Fill in what the preset and the recipe say, check, and work out each stage's budget."""
+    """Fill in what the preset and the recipe say, check, and work out each stage's budget.
+
+    What a flag gives comes first, then --recipe, then --preset. world: processes [as torchrun says]
+    """
     if args.preset is None:
         args.preset, some = ("phi", "a") if torch.cuda.is_available() else ("tiny", "no")
         print_once(f"preset {args.preset}, since there is {some} CUDA device (or choose by "
@@ -1256,7 +1300,7 @@ def resolve(args, world=None):
     if args.data not in (None, preset["data"]):
         preset["config"] = None             # the preset's is a part of the preset's own data set
     args.stage = args.stage or ([2, 3] if args.objective else [1, 2, 3])
-    own = {name: getattr(args, name) for name in ("tokens", "batch", "lr")}
+    own = {name: getattr(args, name) for name in ("tokens", "batch", "lr")}     # None: not given
     for name, value in preset.items():
         if getattr(args, name, 0) is None:
             setattr(args, name, value)
@@ -1278,8 +1322,8 @@ def refuse(args):
         raise UsageError(f"--init {args.init} is for --mixer mamba2: choose mohawk, qkv, "
                          "conv or random")
     if args.warmup + args.decay > 1 + 1e-9:             # 0.7 + 0.3 may be a little more
-        raise UsageError(f"--warmup {args.warmup} and --decay {args.decay} are more than the whole "
-                         "run together: the learning rate would never be --lr")
+        raise UsageError(f"--warmup {args.warmup} and --decay {args.decay} are above 1 together: "
+                         "the learning rate would never be --lr")
     if max(args.betas) == 1:
         raise UsageError("--betas of 1 never forget: give less")
     if args.context == 1:
@@ -1291,7 +1335,11 @@ def refuse(args):
 
 
 def budgets(args, preset, own, world):
-    """own: --tokens, --batch and --lr as given -> {stage: tokens, batch, lr, micro_batch}"""
+    """own: --tokens, --batch and --lr as given -> {stage: tokens, batch, lr, micro_batch}
+
+    UsageError for a batch that cannot be made of windows, or shared among the processes. All
+    micro-batches have one size, else the mean of their gradients would not be the batch's.
+    """
     shares = [preset["shares"][stage - 1] for stage in args.stage]
     if not own["tokens"] or len(own["tokens"]) == 1:
         all_stages = preset["tokens"] * sum(shares) / sum(preset["shares"])
@@ -1300,14 +1348,14 @@ def budgets(args, preset, own, world):
     budgets = {}
     for n, stage in enumerate(args.stage):
         budget = argparse.Namespace()
-        for name, values in own.items():
-            mine = values is not None
-            value = (per_stage(name, values, n, len(args.stage)) if mine
-                     else per_stage(name, preset[name], stage - 1, len(STAGES)))
-            setattr(budget, name, value)
+        for name, values in own.items():    # a flag has a value for each stage of this command,
+            at, of = n, len(args.stage)
+            if values is None:              # a preset one for each of the three
+                values, at, of = preset[name], stage - 1, len(STAGES)
+            setattr(budget, name, per_stage(name, values, at, of))
         if budget.batch % args.context or budget.batch == 0:
-            raise UsageError(f"--batch {budget.batch} is not a whole number of windows of "
-                             f"--context {args.context}")
+            raise UsageError(f"--batch {budget.batch} does not divide into windows of --context "
+                             f"{args.context}")
         windows = budget.batch // args.context
         if windows % world:
             raise UsageError(f"--batch {budget.batch} is {windows} windows of --context "
