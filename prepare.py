@@ -33,6 +33,7 @@ for them.
 import argparse
 import codecs
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -42,13 +43,13 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -97,7 +98,7 @@ class Tokenizer:
 
     def __init__(self, name):
         self.name = "bytes" if name == "tiny" else str(name)
-        self.threads = 8                        # how many tiktoken may use
+        self.lock = threading.Lock()            # for `hf`: it encodes in threads of its own
         if self.name == "bytes":
             self.hf = None                      # transformers' tokenizer
             self.tiktoken = byte_encoding()     # or None: then `hf` encodes
@@ -150,9 +151,10 @@ class Tokenizer:
         is, because otherwise it could end its own document."""
         texts = [without_surrogates(text) for text in texts]
         if self.tiktoken and not (self.hf and any(map(has_long_blank, texts))):
-            return self.tiktoken.encode_ordinary_batch(texts, num_threads=self.threads)
-        return self.hf(texts, add_special_tokens=False, split_special_tokens=True,
-                       return_attention_mask=False, verbose=False)["input_ids"]
+            return [self.tiktoken.encode_ordinary(text) for text in texts]  # outside the GIL
+        with self.lock:
+            return self.hf(texts, add_special_tokens=False, split_special_tokens=True,
+                           return_attention_mask=False, verbose=False)["input_ids"]
 
     def encode(self, text):
         return self.encode_batch([text])[0]
@@ -534,85 +536,25 @@ def reader(path):
 # -----------------------------------------------------------------------------
 # text -> tokens
 
-def encoded(batches, tokenizer, processes=1):
+def encoded(batches, tokenizer):
     """(pieces, record), ... -> (an array of ids for each piece, record), ... in the same order
 
-    Round robin: before a worker gets a new batch, its previous result is read. So each worker has
-    one batch, and memory does not grow:
-
-        batch    1 2 3 4 5 6 ...
-        worker   1 2 3 1 2 3 ...
+    One thread a core encodes a batch while this one reads and writes. At most one batch a thread
+    and one more are in memory.
     """
-    if processes == 1:
-        for pieces, record in batches:
-            yield encode(pieces, tokenizer), record
-        return
-    workers = dict(start_worker(tokenizer) for _ in range(processes))       # {pipe: process}
-    sent = collections.deque()                      # (worker, record) of batches without a result
+    threads = min(8, os.cpu_count())            # one reader feeds about eight
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    running = collections.deque()               # (future, record)
     try:
-        for (pieces, record), worker in zip(batches, itertools.cycle(workers)):
-            results = []
-            if len(sent) == processes:              # the first of them is this worker's
-                results.append((received(worker), sent.popleft()[1]))
-            worker.send(pieces)                     # before the yield: it works while we write
-            sent.append((worker, record))
-            yield from results
-        for worker, record in sent:
-            yield received(worker), record
-    except (EOFError, OSError) as error:
-        workers[worker].join(5)
-        raise UsageError(f"a process that tokenises has died: {end_of(workers[worker])}") from error
+        for pieces, record in batches:
+            running.append((pool.submit(encode, pieces, tokenizer), record))
+            if len(running) > threads:
+                oldest, its_record = running.popleft()
+                yield oldest.result(), its_record
+        for future, record in running:
+            yield future.result(), record
     finally:
-        for worker in workers:
-            worker.close()                          # which ends its process
-        for process in workers.values():
-            process.join()
-
-
-def start_worker(tokenizer):
-    """-> a pipe that takes pieces and returns what encode() makes of them, and its process"""
-    fork = multiprocessing.get_context("fork")
-    pipe, far_end = fork.Pipe()
-    process = fork.Process(target=work, args=(pipe, far_end, tokenizer), daemon=True)
-    process.start()
-    far_end.close()             # only the worker has it open: if the worker dies, reading fails
-    return pipe, process
-
-
-def work(parent_end, pipe, tokenizer):
-    """What a worker does, until its pipe is closed, also by a parent that is killed.
-
-    It is a fork, so it starts at once, and with this very tokenizer. A fork has none of torch's
-    threads, but this one never calls torch.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the parent
-    parent_end.close()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"      # one core each
-    tokenizer.threads = 1
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            try:
-                result = encode(pipe.recv(), tokenizer)
-            except UsageError as error:
-                result = error
-            pipe.send(result)
-
-
-def received(worker):
-    """What encode() returned in the worker, or the UsageError that it raised"""
-    result = worker.recv()
-    if isinstance(result, UsageError):
-        raise result
-    return result
-
-
-def end_of(process):
-    """What a process died of, in words"""
-    if process.exitcode == -signal.SIGKILL:
-        return "it was killed, perhaps for want of memory: try fewer --processes"
-    if process.exitcode and process.exitcode < 0:
-        return f"signal {signal.Signals(-process.exitcode).name}"
-    return f"exit code {process.exitcode}"
+        pool.shutdown(cancel_futures=True)      # those that have begun still end
 
 
 def encode(pieces, tokenizer):
@@ -625,8 +567,6 @@ def encode(pieces, tokenizer):
         batch = tokenizer.encode_batch(texts) if texts else []      # transformers takes no []
         return [np.asarray(ids + [tokenizer.eot] * ends, tokenizer.dtype)
                 for ids, (_, ends) in zip(batch, pieces, strict=True)]      # (tokens,) each
-    except (KeyboardInterrupt, SystemExit):
-        raise
     except BaseException as error:      # a panic in tiktoken's or tokenizers' Rust is no Exception
         if len(pieces) > 1:             # which of them? Each by itself shows it.
             return [encode([piece], tokenizer)[0] for piece in pieces]
@@ -639,12 +579,12 @@ def encode(pieces, tokenizer):
 # -----------------------------------------------------------------------------
 # tokens -> shards
 
-def prepare(source, folder, tokenizer, config=None, tokens=None, processes=None):
+def prepare(source, folder, tokenizer, config=None, tokens=None):
     """Tokenise `source` into `folder`, up to `tokens` training tokens if given; -> the meta dict.
 
-    The bytes depend neither on `processes` (None: chosen here) nor on how often the call was killed
-    and made again. UsageError for what Documents and encode report, if the folder exists, if
-    another process prepares it, or if the disk is too small.
+    The bytes do not depend on how often the call was killed and made again. UsageError for what
+    Documents and encode report, if the folder exists, if another process prepares it, or if the
+    disk is too small.
     """
     folder, documents = Path(folder), Documents(source, config)
     # Only a call with the same recipe may go on with what this one leaves unfinished.
@@ -652,11 +592,6 @@ def prepare(source, folder, tokenizer, config=None, tokens=None, processes=None)
               "tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint,
               "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
               "dtype": tokenizer.dtype.name}
-    if processes is None:
-        # One reader feeds about eight. Encoding bytes is as fast as sending them to a worker, and
-        # forks are safe on Linux only.
-        one = tokenizer.name == "bytes" or sys.platform != "linux"
-        processes = 1 if one else min(8, os.cpu_count())
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     with locked(folder):
@@ -668,7 +603,7 @@ def prepare(source, folder, tokenizer, config=None, tokens=None, processes=None)
                 raise UsageError(f"{folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
                                  "free: make room, or stream with distill.py --stream")
             partial.mkdir(exist_ok=True)
-            write_shards(documents, partial, tokenizer, meta, processes)
+            write_shards(documents, partial, tokenizer, meta)
             partial.rename(folder)              # from here on it is complete
         except BaseException as error:
             raise with_progress(error, folder, partial) from error.__cause__
@@ -728,7 +663,7 @@ def with_progress(error, folder, partial):
     return error
 
 
-def write_shards(documents, partial, tokenizer, meta, processes):
+def write_shards(documents, partial, tokenizer, meta):
     """Write shards from meta["place"] on to the end of the text or the budget, and update `meta`.
 
     A document goes to val.bin whenever that has less than HELD_OUT of the tokens so far, up to
@@ -739,7 +674,7 @@ def write_shards(documents, partial, tokenizer, meta, processes):
     saved = time.perf_counter()
     # No "place": all is saved. An earlier call was killed just before its partial.rename().
     batches = documents.batches(meta) if "place" in meta else iter(())
-    with (contextlib.closing(encoded(batches, tokenizer, processes)) as stream,
+    with (contextlib.closing(encoded(batches, tokenizer)) as stream,
           tqdm(total=budget, initial=meta["train_tokens"], unit=" tokens", unit_scale=True,
                mininterval=0.5, desc=f"prepare {documents.source}") as bar):
         for pieces, record in stream:
@@ -1167,7 +1102,6 @@ def parse(arguments=None):
     add("--config", help="which part of a Hugging Face data set, such as en for C4")
     add("--teacher", default="tiny", help="whose tokenizer to use [%(default)s]")
     add("--tokens", type=at_least_one, help="stop after this many training tokens [all there are]")
-    add("--processes", type=at_least_one, help="that tokenise [one a core, at most 8; for bytes 1]")
     add("--out", help="folder to write [data/<data>-<tokenizer>]")
     return parser.parse_args(arguments)
 
@@ -1176,7 +1110,7 @@ def main(arguments=None):
     args = parse(arguments)
     tokenizer = Tokenizer(args.teacher)
     folder = args.out or data_folder(args.data, tokenizer)
-    prepare(args.data, folder, tokenizer, args.config, args.tokens, args.processes)
+    prepare(args.data, folder, tokenizer, args.config, args.tokens)
 
 
 if __name__ == "__main__":
