@@ -147,17 +147,20 @@ class Tokenizer:
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
     def encode_batch(self, texts):
-        """-> a list of ids for each text. Text that spells a special token is split as other text
+        """-> an array of ids for each text. Text that spells a special token is split as other text
         is, because otherwise it could end its own document."""
         texts = [without_surrogates(text) for text in texts]
         if self.tiktoken and not (self.hf and any(map(has_long_blank, texts))):
-            return [self.tiktoken.encode_ordinary(text) for text in texts]  # outside the GIL
+            # Outside the GIL, and with no Python int for each token
+            return [self.tiktoken.encode_to_numpy(text, disallowed_special=()) for text in texts]
         with self.lock:
-            return self.hf(texts, add_special_tokens=False, split_special_tokens=True,
-                           return_attention_mask=False, verbose=False)["input_ids"]
+            batch = self.hf(texts, add_special_tokens=False, split_special_tokens=True,
+                            return_attention_mask=False, verbose=False)["input_ids"]
+        return [np.array(ids, np.uint32) for ids in batch]                  # (tokens,) each
 
     def encode(self, text):
-        return self.encode_batch([text])[0]
+        """-> a list of ids"""
+        return self.encode_batch([text])[0].tolist()
 
     def decode(self, ids):
         if self.hf is None:
@@ -277,7 +280,11 @@ def gpt2_encoding(hf):
     # GPT-2's pattern, with possessive quantifiers (++), which do not backtrack.
     words = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|"
     pattern = first + words + rf"{space}++(?!\S)|{space}+(?={space})|{space}"
-    return tiktoken.Encoding("gpt2 like", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    # encode_to_numpy is slow where there is no special token to look for.
+    special = {token["content"]: token["id"] for token in about["added_tokens"]
+               if token["special"]}
+    return tiktoken.Encoding("gpt2 like", pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens=special)
 
 
 # -----------------------------------------------------------------------------
@@ -563,10 +570,16 @@ def encode(pieces, tokenizer):
     If the tokenizer fails, the UsageError names the text.
     """
     texts = [text for text, _ in pieces]
+    arrays = []
     try:
         batch = tokenizer.encode_batch(texts) if texts else []      # transformers takes no []
-        return [np.asarray(ids + [tokenizer.eot] * ends, tokenizer.dtype)
-                for ids, (_, ends) in zip(batch, pieces, strict=True)]      # (tokens,) each
+        for ids, (_, ends) in zip(batch, pieces, strict=True):
+            ids = np.array(ids, np.uint32)                          # (tokens,)
+            if ends:
+                ids = np.append(ids, np.uint32(tokenizer.eot))
+            assert ids.max(initial=0) < tokenizer.vocab_size, "an id beyond the vocabulary"
+            arrays.append(ids.astype(tokenizer.dtype))              # which would cut it silently
+        return arrays
     except BaseException as error:      # a panic in tiktoken's or tokenizers' Rust is no Exception
         if len(pieces) > 1:             # which of them? Each by itself shows it.
             return [encode([piece], tokenizer)[0] for piece in pieces]
@@ -898,7 +911,7 @@ class Stream:
             ids = ids[len(windows) * L:]
         if read - skip <= L:
             raise UsageError(f"{self.documents.source} has {read:,} tokens, {self.held_out:,} of "
-                             f"them held out: too few for one window of {L + 1}")
+                             f"them for validation: too few for one window of {L + 1}")
 
     def batch(self, at, B, L):
         if at < self.next or L != self.L:
@@ -913,8 +926,8 @@ class Stream:
     def windows(self, n, L):
         rows = list(itertools.islice(self._once(L, 0), n))
         if len(rows) < n or n * L > self.held_out:
-            raise UsageError(f"{n} held-out windows of {L} are asked for: {self.held_out:,} tokens "
-                             f"are held out of {self.documents.source}")
+            raise UsageError(f"{n} validation windows of {L} need {n * L:,} tokens: "
+                             f"{self.documents.source} has {self.held_out:,} for validation")
         return torch.from_numpy(np.stack(rows))                             # (n, L + 1)
 
 
