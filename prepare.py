@@ -33,6 +33,7 @@ for them.
 import argparse
 import codecs
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -42,13 +43,13 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -97,7 +98,7 @@ class Tokenizer:
 
     def __init__(self, name):
         self.name = "bytes" if name == "tiny" else str(name)
-        self.threads = 8                        # how many tiktoken may use
+        self.lock = threading.Lock()            # for `hf`: it encodes in threads of its own
         if self.name == "bytes":
             self.hf = None                      # transformers' tokenizer
             self.tiktoken = byte_encoding()     # or None: then `hf` encodes
@@ -146,16 +147,20 @@ class Tokenizer:
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
     def encode_batch(self, texts):
-        """-> a list of ids for each text. Text that spells a special token is split as other text
+        """-> an array of ids for each text. Text that spells a special token is split as other text
         is, because otherwise it could end its own document."""
         texts = [without_surrogates(text) for text in texts]
         if self.tiktoken and not (self.hf and any(map(has_long_blank, texts))):
-            return self.tiktoken.encode_ordinary_batch(texts, num_threads=self.threads)
-        return self.hf(texts, add_special_tokens=False, split_special_tokens=True,
-                       return_attention_mask=False, verbose=False)["input_ids"]
+            # Outside the GIL, and with no Python int for each token
+            return [self.tiktoken.encode_to_numpy(text, disallowed_special=()) for text in texts]
+        with self.lock:
+            batch = self.hf(texts, add_special_tokens=False, split_special_tokens=True,
+                            return_attention_mask=False, verbose=False)["input_ids"]
+        return [np.array(ids, np.uint32) for ids in batch]                  # (tokens,) each
 
     def encode(self, text):
-        return self.encode_batch([text])[0]
+        """-> a list of ids"""
+        return self.encode_batch([text])[0].tolist()
 
     def decode(self, ids):
         if self.hf is None:
@@ -275,7 +280,11 @@ def gpt2_encoding(hf):
     # GPT-2's pattern, with possessive quantifiers (++), which do not backtrack.
     words = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|"
     pattern = first + words + rf"{space}++(?!\S)|{space}+(?={space})|{space}"
-    return tiktoken.Encoding("gpt2 like", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    # encode_to_numpy is slow where there is no special token to look for.
+    special = {token["content"]: token["id"] for token in about["added_tokens"]
+               if token["special"]}
+    return tiktoken.Encoding("gpt2 like", pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens=special)
 
 
 # -----------------------------------------------------------------------------
@@ -534,85 +543,25 @@ def reader(path):
 # -----------------------------------------------------------------------------
 # text -> tokens
 
-def encoded(batches, tokenizer, processes=1):
+def encoded(batches, tokenizer):
     """(pieces, record), ... -> (an array of ids for each piece, record), ... in the same order
 
-    Round robin: before a worker gets a new batch, its previous result is read. So each worker has
-    one batch, and memory does not grow:
-
-        batch    1 2 3 4 5 6 ...
-        worker   1 2 3 1 2 3 ...
+    One thread a core encodes a batch while this one reads and writes. At most one batch a thread
+    and one more are in memory.
     """
-    if processes == 1:
-        for pieces, record in batches:
-            yield encode(pieces, tokenizer), record
-        return
-    workers = dict(start_worker(tokenizer) for _ in range(processes))       # {pipe: process}
-    sent = collections.deque()                      # (worker, record) of batches without a result
+    threads = min(8, os.cpu_count())            # one reader feeds about eight
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    running = collections.deque()               # (future, record)
     try:
-        for (pieces, record), worker in zip(batches, itertools.cycle(workers)):
-            results = []
-            if len(sent) == processes:              # the first of them is this worker's
-                results.append((received(worker), sent.popleft()[1]))
-            worker.send(pieces)                     # before the yield: it works while we write
-            sent.append((worker, record))
-            yield from results
-        for worker, record in sent:
-            yield received(worker), record
-    except (EOFError, OSError) as error:
-        workers[worker].join(5)
-        raise UsageError(f"a process that tokenises has died: {end_of(workers[worker])}") from error
+        for pieces, record in batches:
+            running.append((pool.submit(encode, pieces, tokenizer), record))
+            if len(running) > threads:
+                oldest, its_record = running.popleft()
+                yield oldest.result(), its_record
+        for future, record in running:
+            yield future.result(), record
     finally:
-        for worker in workers:
-            worker.close()                          # which ends its process
-        for process in workers.values():
-            process.join()
-
-
-def start_worker(tokenizer):
-    """-> a pipe that takes pieces and returns what encode() makes of them, and its process"""
-    fork = multiprocessing.get_context("fork")
-    pipe, far_end = fork.Pipe()
-    process = fork.Process(target=work, args=(pipe, far_end, tokenizer), daemon=True)
-    process.start()
-    far_end.close()             # only the worker has it open: if the worker dies, reading fails
-    return pipe, process
-
-
-def work(parent_end, pipe, tokenizer):
-    """What a worker does, until its pipe is closed, also by a parent that is killed.
-
-    It is a fork, so it starts at once, and with this very tokenizer. A fork has none of torch's
-    threads, but this one never calls torch.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the parent
-    parent_end.close()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"      # one core each
-    tokenizer.threads = 1
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            try:
-                result = encode(pipe.recv(), tokenizer)
-            except UsageError as error:
-                result = error
-            pipe.send(result)
-
-
-def received(worker):
-    """What encode() returned in the worker, or the UsageError that it raised"""
-    result = worker.recv()
-    if isinstance(result, UsageError):
-        raise result
-    return result
-
-
-def end_of(process):
-    """What a process died of, in words"""
-    if process.exitcode == -signal.SIGKILL:
-        return "it was killed, perhaps for want of memory: try fewer --processes"
-    if process.exitcode and process.exitcode < 0:
-        return f"signal {signal.Signals(-process.exitcode).name}"
-    return f"exit code {process.exitcode}"
+        pool.shutdown(cancel_futures=True)      # those that have begun still end
 
 
 def encode(pieces, tokenizer):
@@ -621,12 +570,16 @@ def encode(pieces, tokenizer):
     If the tokenizer fails, the UsageError names the text.
     """
     texts = [text for text, _ in pieces]
+    arrays = []
     try:
         batch = tokenizer.encode_batch(texts) if texts else []      # transformers takes no []
-        return [np.asarray(ids + [tokenizer.eot] * ends, tokenizer.dtype)
-                for ids, (_, ends) in zip(batch, pieces, strict=True)]      # (tokens,) each
-    except (KeyboardInterrupt, SystemExit):
-        raise
+        for ids, (_, ends) in zip(batch, pieces, strict=True):
+            ids = np.array(ids, np.uint32)                          # (tokens,)
+            if ends:
+                ids = np.append(ids, np.uint32(tokenizer.eot))
+            assert ids.max(initial=0) < tokenizer.vocab_size, "an id beyond the vocabulary"
+            arrays.append(ids.astype(tokenizer.dtype))              # which would cut it silently
+        return arrays
     except BaseException as error:      # a panic in tiktoken's or tokenizers' Rust is no Exception
         if len(pieces) > 1:             # which of them? Each by itself shows it.
             return [encode([piece], tokenizer)[0] for piece in pieces]
@@ -639,12 +592,12 @@ def encode(pieces, tokenizer):
 # -----------------------------------------------------------------------------
 # tokens -> shards
 
-def prepare(source, folder, tokenizer, config=None, tokens=None, processes=None):
+def prepare(source, folder, tokenizer, config=None, tokens=None):
     """Tokenise `source` into `folder`, up to `tokens` training tokens if given; -> the meta dict.
 
-    The bytes depend neither on `processes` (None: chosen here) nor on how often the call was killed
-    and made again. UsageError for what Documents and encode report, if the folder exists, if
-    another process prepares it, or if the disk is too small.
+    The bytes do not depend on how often the call was killed and made again. UsageError for what
+    Documents and encode report, if the folder exists, if another process prepares it, or if the
+    disk is too small.
     """
     folder, documents = Path(folder), Documents(source, config)
     # Only a call with the same recipe may go on with what this one leaves unfinished.
@@ -652,11 +605,6 @@ def prepare(source, folder, tokenizer, config=None, tokens=None, processes=None)
               "tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint,
               "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
               "dtype": tokenizer.dtype.name}
-    if processes is None:
-        # One reader feeds about eight. Encoding bytes is as fast as sending them to a worker, and
-        # forks are safe on Linux only.
-        one = tokenizer.name == "bytes" or sys.platform != "linux"
-        processes = 1 if one else min(8, os.cpu_count())
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     with locked(folder):
@@ -668,7 +616,7 @@ def prepare(source, folder, tokenizer, config=None, tokens=None, processes=None)
                 raise UsageError(f"{folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
                                  "free: make room, or stream with distill.py --stream")
             partial.mkdir(exist_ok=True)
-            write_shards(documents, partial, tokenizer, meta, processes)
+            write_shards(documents, partial, tokenizer, meta)
             partial.rename(folder)              # from here on it is complete
         except BaseException as error:
             raise with_progress(error, folder, partial) from error.__cause__
@@ -728,7 +676,7 @@ def with_progress(error, folder, partial):
     return error
 
 
-def write_shards(documents, partial, tokenizer, meta, processes):
+def write_shards(documents, partial, tokenizer, meta):
     """Write shards from meta["place"] on to the end of the text or the budget, and update `meta`.
 
     A document goes to val.bin whenever that has less than HELD_OUT of the tokens so far, up to
@@ -739,7 +687,7 @@ def write_shards(documents, partial, tokenizer, meta, processes):
     saved = time.perf_counter()
     # No "place": all is saved. An earlier call was killed just before its partial.rename().
     batches = documents.batches(meta) if "place" in meta else iter(())
-    with (contextlib.closing(encoded(batches, tokenizer, processes)) as stream,
+    with (contextlib.closing(encoded(batches, tokenizer)) as stream,
           tqdm(total=budget, initial=meta["train_tokens"], unit=" tokens", unit_scale=True,
                mininterval=0.5, desc=f"prepare {documents.source}") as bar):
         for pieces, record in stream:
@@ -963,7 +911,7 @@ class Stream:
             ids = ids[len(windows) * L:]
         if read - skip <= L:
             raise UsageError(f"{self.documents.source} has {read:,} tokens, {self.held_out:,} of "
-                             f"them held out: too few for one window of {L + 1}")
+                             f"them for validation: too few for one window of {L + 1}")
 
     def batch(self, at, B, L):
         if at < self.next or L != self.L:
@@ -978,8 +926,8 @@ class Stream:
     def windows(self, n, L):
         rows = list(itertools.islice(self._once(L, 0), n))
         if len(rows) < n or n * L > self.held_out:
-            raise UsageError(f"{n} held-out windows of {L} are asked for: {self.held_out:,} tokens "
-                             f"are held out of {self.documents.source}")
+            raise UsageError(f"{n} validation windows of {L} need {n * L:,} tokens: "
+                             f"{self.documents.source} has {self.held_out:,} for validation")
         return torch.from_numpy(np.stack(rows))                             # (n, L + 1)
 
 
@@ -1167,7 +1115,6 @@ def parse(arguments=None):
     add("--config", help="which part of a Hugging Face data set, such as en for C4")
     add("--teacher", default="tiny", help="whose tokenizer to use [%(default)s]")
     add("--tokens", type=at_least_one, help="stop after this many training tokens [all there are]")
-    add("--processes", type=at_least_one, help="that tokenise [one a core, at most 8; for bytes 1]")
     add("--out", help="folder to write [data/<data>-<tokenizer>]")
     return parser.parse_args(arguments)
 
@@ -1176,7 +1123,7 @@ def main(arguments=None):
     args = parse(arguments)
     tokenizer = Tokenizer(args.teacher)
     folder = args.out or data_folder(args.data, tokenizer)
-    prepare(args.data, folder, tokenizer, args.config, args.tokens, args.processes)
+    prepare(args.data, folder, tokenizer, args.config, args.tokens)
 
 
 if __name__ == "__main__":
