@@ -2,7 +2,7 @@
 
 Told in the order of the files: operator, student, teacher, data, stages.
 
-Run:  python -m pytest -q              # no GPU, no network; minutes on two cores
+Run:  python -m pytest -q -n 2         # no GPU, no network; minutes on two cores
       python test_ssd.py 90            # registers and shared memory of each kernel, here for sm_90
 
 Models here are random and small unless a test says otherwise. `rel` is the ruler: an error as a
@@ -25,12 +25,15 @@ import io
 import itertools
 import json
 import math
+import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import re
 import select
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,6 +43,10 @@ import tracemalloc
 import types
 import warnings
 from pathlib import Path
+
+# One thread: sums are in one order, here and in the programs that tests start, and `-n 2` has a
+# core for each of its processes.
+os.environ["OMP_NUM_THREADS"] = "1"                 # read when torch is loaded
 
 import filelock
 import numpy as np
@@ -63,6 +70,7 @@ from model_teacher import Teacher
 from prepare import Tokenizer, Tokens
 from ssd_kernel import mixing_matrix, orientation_loss, orientation_loss_naive, ssd, ssd_recurrent
 
+torch.set_num_threads(1)                            # it may have been loaded before that line
 HERE, DEVICE = Path(__file__).parent, "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (1, 63, 64, 65, 1000)
 needs_extras = pytest.mark.skipif(not (HERE / "extras").is_dir(), reason="needs extras/")
@@ -595,16 +603,14 @@ def print_the_table(arch):
 
 @pytest.mark.skipif(ssd_kernel.triton is None, reason="Triton is not installed")
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_every_configuration_compiles_ahead_of_time_and_fits(arch):
+def test_every_configuration_compiles_ahead_of_time_and_fits(arch, start):
     import triton
     if arch == 100 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
         pytest.skip(f"the compiler of Triton {triton.__version__} crashes on sm_100")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, __file__, str(arch)], capture_output=True, text=True,
-                            env=env)
-    print(result.stdout, result.stderr)
-    rows = [line.split() for line in result.stdout.splitlines()[1:]]
-    assert len(rows) == 2 * len(COMPILED) * 6, result.stderr[-2000:]
+    _, table, said = start(__file__, arch).wait()
+    print(table, said)
+    rows = [line.split() for line in table.splitlines()[1:]]
+    assert len(rows) == 2 * len(COMPILED) * 6, said[-2000:]
     for row in rows:
         *_, registers, spill, shared = map(int, row[5:])
         assert registers <= 255 and spill == 0, row
@@ -704,6 +710,61 @@ def data_folder(tmp_path_factory):
         (place / "texts" / f"{n:02}.txt").write_text(text[3000 * n:3000 * n + 3000])
     prepare.prepare(str(place / "texts"), place / "prepared", Tokenizer("bytes"))
     return place / "prepared"
+
+
+# -----------------------------------------------------------------------------
+# programs to test with
+
+STARTED = """
+import atexit, os, runpy, sys
+for path, stream in zip(outputs, (1, 2)):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+os.environ.clear()
+os.environ.update(env)
+os.chdir(cwd)
+sys.argv = command
+try:
+    runpy.run_path(command[0], run_name="__main__")
+finally:
+    atexit._run_exitfuncs()             # a fork of Python's leaves them out
+"""
+
+
+class Program:
+    """A program of this project that runs beside the test, as `python command` would run it. Like
+    subprocess.Popen, but of a process that has loaded the libraries, which takes seconds, and
+    nothing of the tests."""
+
+    def __init__(self, folder, command, cwd=None, **env):
+        self.outputs = [tempfile.mkstemp(dir=folder)[1] for _ in range(2)]
+        env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | env
+        context = multiprocessing.get_context("forkserver")
+        self.process = context.Process(target=exec, args=(STARTED, dict(
+            command=list(map(str, command)), env=env, cwd=str(cwd or os.getcwd()),
+            outputs=self.outputs)))
+        self.process.start()
+
+    def said(self):
+        """-> what it has written to stdout and to stderr"""
+        return [Path(path).read_text("utf-8") for path in self.outputs]
+
+    def wait(self):
+        """-> its exit code, as subprocess has it; what it said"""
+        self.process.join()
+        return self.process.exitcode, *self.said()
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """-> start(*command, cwd, **env), a Program"""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["distill", "eval"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)     # that is for the tests' own process
+        patch.setenv("PYTHONPATH", str(HERE))
+        multiprocessing.forkserver.ensure_running()
+    folder = tmp_path_factory.mktemp("said")
+    return lambda *command, **more: Program(folder, command, **more)
 
 
 # -----------------------------------------------------------------------------
@@ -2302,32 +2363,38 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what a
 
 
 @on_linux
-def test_stage_3_at_phis_vocabulary_fits_in_3_gb():
-    """16,384 tokens, V = 51,200, forward and backward: one (tokens, V) map alone is 3.4 GB."""
-    code = MOST_HELD + """
+def test_stage_3_at_phis_vocabulary_fits_in_3_gb_whatever_the_number_of_tokens(tmp_path, start):
+    """V = 51,200, forward and backward, for one part of tokens and for three: a (tokens, V) map of
+    the two parts more would be 0.5 GB, one of 16,384 tokens 3.4 GB."""
+    (tmp_path / "measure.py").write_text(MOST_HELD + """
 import torch, distill
 class Model:
     def __init__(self):
         self.lm_head, self.model = torch.nn.Linear(16, 51200), self
         self.config = type("Config", (), {"vocab_size": 51200})
-        self.u = torch.randn(1, 16384, 16).requires_grad_()
     def hidden(self, tokens):
         return self.u
     def head(self, h):
         return self.lm_head(h)
 student, teacher = Model(), Model()
-for x in (teacher.u, *teacher.lm_head.parameters()):
-    x.requires_grad_(False)
+teacher.lm_head.requires_grad_(False)
+part = distill.LOGITS_AT_ONCE // 51200
 before = most()
-tokens = torch.zeros(1, 16384, dtype=torch.long)
-loss, _ = next(distill.knowledge_distillation(student, teacher, tokens))
-loss.backward()
-print((most() - before) / 2**30, student.u.grad.norm())
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    gigabytes = float(done.stdout.split()[0])
-    print(f"{gigabytes:.2f} GB over the hidden states")
-    assert 0.1 < gigabytes < 3, done
+for parts in (1, 3):
+    for model in (student, teacher):
+        model.u = torch.randn(1, parts * part, 16, requires_grad=model is student)
+    tokens = torch.zeros(1, parts * part, dtype=torch.long)
+    loss, _ = next(distill.knowledge_distillation(student, teacher, tokens))
+    loss.backward()
+    assert student.u.grad.norm() > 0
+    print((most() - before) / 2**30)
+""")
+    code, said, complaint = start(tmp_path / "measure.py").wait()
+    assert code == 0, complaint
+    of_one, of_three = map(float, said.split())
+    print(f"{of_one:.2f} GB over the hidden states, {of_three:.2f} for three times the tokens")
+    assert 0.1 < of_one < 3 and of_three < 3
+    assert of_three - of_one < 0.25 * 2 / 4         # a quarter of one such map
 
 
 class Scratch:
@@ -2796,18 +2863,17 @@ def same_end(one, other):
 
 
 def test_a_run_killed_at_any_point_goes_on_and_ends_with_the_same_bits(
-        tmp_path, teacher_folder, data_folder, a_longer_run, capsys):
+        tmp_path, teacher_folder, data_folder, a_longer_run, capsys, start):
     command = flags(tmp_path / "run", teacher_folder, data_folder, *LONGER)
     for lines, kill in ((3, signal.SIGKILL), (13, signal.SIGTERM), (30, signal.SIGKILL)):
-        run = subprocess.Popen([sys.executable, HERE / "distill.py", *command],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        run = start(HERE / "distill.py", *command)
         log = tmp_path / "run" / "log.jsonl"
         while not log.exists() or len(log.read_text().splitlines()) < lines:
-            assert run.poll() is None, run.stderr.read()
+            assert run.process.is_alive(), run.said()
             time.sleep(0.005)
-        run.send_signal(kill)
-        said = run.communicate()[1]
-        assert run.returncode == (143 if kill == signal.SIGTERM else -kill)
+        os.kill(run.process.pid, kill)
+        code, _, said = run.wait()
+        assert code == (143 if kill == signal.SIGTERM else -kill)
         assert kill == signal.SIGKILL or "stopped by SIGTERM in stage 2, after" in said
     distill.main(command)
     assert "stage 1 | was finished before" in capsys.readouterr().out
@@ -2919,12 +2985,11 @@ def test_the_referee_is_plain_pytorch_wherever_its_tensors_are(monkeypatch):
         assert called                       # the kernel, where a step is all that is asked for
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path, teacher_folder, data_folder):
+def test_two_runs_do_not_share_a_folder(tmp_path, teacher_folder, data_folder, start):
     command = flags(tmp_path / "run", teacher_folder, data_folder, *LONGER)
     with filelock.FileLock(tmp_path / "run" / ".lock"):
-        done = subprocess.run([sys.executable, HERE / "distill.py", *command],
-                              capture_output=True, text=True)
-    assert done.returncode == 2 and "another process is at work in" in done.stderr, done
+        code, _, said = start(HERE / "distill.py", *command).wait()
+    assert code == 2 and "another process is at work in" in said
     assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
 
 
@@ -2982,16 +3047,35 @@ def test_weights_of_no_run_are_evaluated_as_the_papers(
 # -----------------------------------------------------------------------------
 # several processes, as torchrun starts them
 
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
 def torchrun(processes, *command):
     return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-            "--master_port", str(29500 + os.getpid() % 1000), str(HERE / "distill.py"), *command]
+            "--master_port", free_port(), str(HERE / "distill.py"), *command]
+
+
+def in_two_processes(start, *command):
+    """distill.py twice, told what torchrun tells -> what rank 0 says on stdout"""
+    told = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    ranks = [start(HERE / "distill.py", *command, RANK=rank, LOCAL_RANK=rank, **told)
+             for rank in "01"]
+    multiprocessing.connection.wait([rank.process.sentinel for rank in ranks])      # for the first
+    if any(rank.process.exitcode for rank in ranks):
+        for rank in ranks:                      # one without the other would wait for hours
+            rank.process.kill()
+    ends = [rank.wait() for rank in ranks]
+    assert [code for code, *_ in ends] == [0, 0], ends
+    return ends[0][1]
 
 
 @pytest.mark.parametrize("more", [
     "", "--fsdp", "--fsdp --stage 3", pytest.param("--fsdp --mixer gla", marks=needs_extras),
     pytest.param("--objective hs", marks=needs_extras),
     pytest.param("--fsdp --objective mha --n_layer 2", marks=needs_extras)])
-def test_two_processes_distil_as_one_does(tmp_path, teacher_folder, data_folder, more):
+def test_two_processes_distil_as_one_does(tmp_path, teacher_folder, data_folder, more, start):
     # Batches of 256 tokens are 8 windows, 4 for each of two processes, in micro-batches of 2: the
     # sums of one process, in another order. In fp32 that is 6e-8 a step, which the steps amplify.
     stages = 1 if "stage" in more else 2 if "objective" in more else 3
@@ -3003,9 +3087,13 @@ def test_two_processes_distil_as_one_does(tmp_path, teacher_folder, data_folder,
     one, two = (flags(tmp_path / name, teacher_folder, data_folder, *command)
                 for name in ("one", "two"))
     distill.main(one)
-    done = subprocess.run(torchrun(2, *two), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("stage 3 | saved") == 1
+    if more == "--fsdp":
+        done = subprocess.run(torchrun(2, *two), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said = done.stdout
+    else:
+        said = in_two_processes(start, *two)
+    assert said.count("stage 3 | saved") == 1
     assert len(losses(tmp_path / "one")) == 6 * stages
     for (stage, tokens, want), got in zip(losses(tmp_path / "one"), losses(tmp_path / "two"),
                                           strict=True):
@@ -3241,14 +3329,13 @@ def test_a_file_has_the_same_bytes_wherever_it_is_written():
     assert missing == []
 
 
-def test_a_mistake_on_the_command_line_exits_with_2_and_one_line(tmp_path):
+def test_a_mistake_on_the_command_line_exits_with_2_and_one_line(tmp_path, start):
     for command in ("distill.py --preset tiny --tokens 10", "distill.py --stage one",
                     "prepare.py --data ./nowhere", "prepare.py --tokens 3.5", "eval.py ./nowhere"):
         program, *rest = command.split()
-        done = subprocess.run([sys.executable, str(HERE / program), *rest], cwd=tmp_path,
-                              capture_output=True, text=True)
-        assert done.returncode == 2, done
-        assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
+        code, _, said = start(HERE / program, *rest, cwd=tmp_path).wait()
+        assert code == 2, said
+        assert re.fullmatch(r"error: [^\n]+\n", said), said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -3309,10 +3396,10 @@ def test_the_reading_path_has_the_lengths_that_the_readme_says():
         assert abs(int(n) - lines) <= 0.1 * lines, f"{name} has {lines}, the README says {n}"
 
 
-def test_the_eight_files_load_nothing_of_extras():
+def test_the_eight_files_load_nothing_of_extras(tmp_path, start):
     code = "import sys, distill, eval; print([m for m in sys.modules if m.startswith('extras')])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True)
-    assert done.stdout.strip() == b"[]", done.stderr
+    (tmp_path / "look.py").write_text(code)
+    assert start(tmp_path / "look.py", cwd=HERE).wait() == (0, "[]\n", "")
     for path in HERE.glob("*.py"):
         for node in ast.parse(path.read_text("utf-8")).body:        # at the top of a file
             assert "extras" not in ast.unparse(node).split("import")[0] or not isinstance(
