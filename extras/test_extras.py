@@ -163,7 +163,7 @@ def test_a_gate_that_is_off_by_one_step_is_seen(name):
     operands[3] = operands[3].roll(1, 1)
     if name == "deltanet":                      # it has no decay: its b
         operands[4] = operands[4].roll(1, 1)
-    assert rel(mix(mixer, operands)[0], y) > 0.02
+    assert rel(mix(mixer, operands)[0], y) > 0.02       # the forms agree to 1e-9
 
 
 @pytest.mark.parametrize("name", ALL_MIXERS)
@@ -218,7 +218,7 @@ def test_stage_1_asks_every_mixer_for_the_same_distance(name):
     future = torch.ones(40, 40, dtype=torch.bool).triu(1)
     scores = 0.7 * torch.einsum("bihn,bjhn->bhij", q_t.double(), k_t.double().expand_as(q_t))
     P = scores.masked_fill(future, -torch.inf).softmax(-1)
-    distance, size = mixer.orientation(h, q_t, k_t, 0.7)
+    distance, size = mixer.orientation(h, q_t, k_t, 0.7)    # in fp32: a sum of squares, 1e-6
     assert distance.item() == pytest.approx(
         (mixer.matrix(h) - P).square().sum((-1, -2)).sqrt().mean().item(), rel=1e-6)
     assert size.item() == pytest.approx(P.square().sum((-1, -2)).sqrt().mean().item(), rel=1e-6)
@@ -281,7 +281,7 @@ def test_a_forget_gate_that_is_shut_resets_mlstm(value, place):
         y = ssd_recurrent(q, k * i.exp()[..., None], ones, f)
         return y[..., :-1] / y[..., -1:].abs().clamp_min(1)
 
-    mixer = random_mixer("mlstm", dtype=torch.float32)
+    mixer = random_mixer("mlstm", dtype=torch.float32)      # 1e-4 for running sums of decays
     want = results_and_gradients(by_definition, tensors, torch.float64)
     assert all_near(results_and_gradients(lambda *x: mix(mixer, x)[0], tensors), want, 1e-4)
 
@@ -299,8 +299,9 @@ def test_every_mixer_writes_as_it_reads_and_leaves_no_trace_of_padding(name, mon
     captured_step_is_the_step(SSM.from_teacher(random_teacher(), mixer=name))
 
 
-# bf16 has 8 bits, 0.4% a number, some of them one after the other; mLSTM divides by a q n that may
-# be near 0, which makes a large share of a small error.
+# A rounding to bf16 is 2^-9 / sqrt(3) RMS, 1.1e-3, and some ten follow each other, 4e-3; that of a
+# decay counts in each of up to 70 steps, sqrt(70) times as much: 0.03. mLSTM divides by a q n that
+# may be near 0, which makes a large share of a small error.
 @pytest.mark.parametrize("name", ALL_MIXERS)
 def test_every_mixer_computes_in_bf16_and_keeps_its_state_in_fp32(name):
     mixer, h = random_mixer(name, dtype=torch.float32), torch.randn(2, 70, 16)
@@ -579,6 +580,7 @@ def test_whole_texts_and_generations_go_through_the_harness(
                      "--context", str(context)])
     said = capsys.readouterr().out
     row = re.search(r"^\| texts \| bits_per_byte \| +([\d.]+) \| +([\d.]+) \| +2 \|$", said, re.M)
+    # the table has five digits, of a number below 10
     assert [float(x) for x in row.groups()] == pytest.approx(bits, abs=1e-3)
     assert re.search(r"^\| said +\| +exact_match \| +1 \| +0 \| +3 \|$", said, re.M), said
 
@@ -1061,6 +1063,7 @@ def test_relations_in_rows_are_the_textbooks_and_have_its_gradient(monkeypatch):
             p, q = R[1][:, :, t, :t + 1], R[0][:, :, t, :t + 1]
             want += (p * (p / q).log()).sum(-1).mean() / (3 * 19)
     want.backward()
+    # The gradient of a KL is a difference of probabilities, of which a digit cancels.
     assert loss.item() == pytest.approx(want.item(), rel=1e-5) and rel(got, weight.grad) < 1e-4
 
 
