@@ -744,7 +744,8 @@ class Program:
     nothing of the tests."""
 
     def __init__(self, folder, command, cwd=None, **env):
-        self.outputs = [tempfile.mkstemp(dir=folder)[1] for _ in range(2)]
+        place = Path(tempfile.mkdtemp(dir=folder))
+        self.outputs = [place / "stdout", place / "stderr"]
         env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | env
         context = multiprocessing.get_context("forkserver")
         self.process = context.Process(target=exec, args=(STARTED, dict(
@@ -754,7 +755,7 @@ class Program:
 
     def said(self):
         """-> what it has written to stdout and to stderr"""
-        return [Path(path).read_text("utf-8") for path in self.outputs]
+        return [path.read_text("utf-8") for path in self.outputs]
 
     def wait(self):
         """-> its exit code, as subprocess has it; what it said"""
@@ -2407,7 +2408,7 @@ for parts in (1, 3):
     of_one, of_three = map(float, said.split())
     print(f"{of_one:.2f} GB over the hidden states, {of_three:.2f} for three times the tokens")
     assert 0.1 < of_one < 3 and of_three < 3
-    assert of_three - of_one < 0.25 * 2 / 4         # a quarter of one such map
+    assert of_three - of_one < 0.5 / 4              # a quarter of such a map
 
 
 class Scratch:
