@@ -730,7 +730,8 @@ def data_folder(tmp_path_factory):
 # programs to test with
 
 STARTED = """
-import atexit, os, runpy, sys
+import atexit, multiprocessing, os, runpy, sys
+multiprocessing.set_start_method(None, force=True)      # Python's own, not the way this one began
 for path, stream in zip(outputs, (1, 2)):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
 os.environ.clear()
