@@ -431,7 +431,10 @@ def test_every_element_of_every_output_is_written(poison, pieces, documents):
     for x in outputs_and_gradients(ssd_kernel.ssd_triton, tensors, torch.float32, pieces=pieces,
                                    cu_seqlens=cu):
         assert x.isfinite().all()
-    for x in orientation_gradients(orientation_loss, 200, torch.float32, backend="triton"):
+
+
+def test_every_element_of_the_orientation_loss_and_its_gradients_is_written(poison):
+    for x in orientation_gradients(orientation_loss, 70, torch.float32, backend="triton"):
         assert x.isfinite().all()
 
 
