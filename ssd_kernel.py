@@ -39,8 +39,8 @@ B batch, L length, D model width, H heads, G groups of heads that share q and k 
 N state (key) width, P head (value) width, Q chunk length, C number of chunks, V vocabulary.
 In orientation_loss D (H) is Mamba-2's skip instead: a layer's output is y + D v.
 
-It leaves out: second derivatives, and head widths other than 16, 32, 64 and 128 on a GPU, where
-the chunked form runs instead.
+It leaves out: second derivatives, and N or P other than 16, 32, 64 and 128 in the Triton form: for
+those ssd() runs the chunked form on a GPU, too.
 
 [1] Mamba-2, arXiv 2405.21060    [2] MOHAWK, arXiv 2408.10189
 """
@@ -81,8 +81,9 @@ def ssd(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_state=Fals
     return BACKENDS[backend](q, k, v, a, initial_state, cu_seqlens, return_final_state)
 
 
-# Two decorators stand before the forms, because Python needs them there. The other helpers (product
-# is x @ y, running_sums, per_head, ...) are the last section of this file.
+# Two decorators stand before the forms, because Python needs them there. The other helpers
+# (running_sums, per_head, ...) are the last section of this file; product is x @ y that autocast
+# does not round.
 
 def packed(form):
     """A form of ssd that takes one document a row -> one that takes cu_seqlens too."""
@@ -153,8 +154,10 @@ def decay_matrix(a):
             [0.5000, 1.0000, 0.0000],
             [0.1250, 0.2500, 1.0000]])
     """
-    # The running sum of a is W + A: W sums the multiples of 16 in a, without rounding, A the rest.
-    # W's differences come first, so that a reset, say a = -100, costs later tokens no digits.
+    # floored replaces -inf by a finite number whose e^a is 0 too. The running sum of a is W + A:
+    # each a_t is a multiple of 16 and a rest (-100 = -96 - 4), W sums the multiples, without
+    # rounding, and A the rests. W's differences come first, so that a reset costs later tokens no
+    # digits.
     W, A = running_sums(floored(a, at_least_fp32(a.dtype)))
     gap = W[..., :, None] - W[..., None, :]
     gap.add_(A[..., :, None]).sub_(A[..., None, :])     # <= 0 wherever j <= i
@@ -240,10 +243,11 @@ class Chunked(torch.autograd.Function):
     @outside_autocast
     def forward(ctx, q, k, v, a, S, Q):
         y = torch.empty_like(v)
-        states = []                                 # S_in of all chunks, one tensor for each slice
+        # A slice is a run of whole chunks: all of L on a GPU, on a CPU what its cache holds.
+        states = []                                 # S_in of the chunks, one tensor for each slice
         ctx.Q = Q
         ctx.slices = cache_slices(v, q.shape[-1], Q)
-        for part in ctx.slices:                                         # C chunks at a time
+        for part in ctx.slices:                                         # C: chunks of this slice
             q_c, k_c, v_c, a_c = (in_chunks(x[:, part], Q).contiguous() for x in (q, k, v, a))
             decay_in, decay_out, fade = chunk_decays(a_c, v.dtype)
             M = decay_matrix(a_c).mul_(q_c @ k_c.mT)                    # 1 inside (B, C, H, Q, Q)
@@ -275,10 +279,11 @@ class Chunked(torch.autograd.Function):
             j before, i in the chunk          da_in_i = q_i . (S_in's part of dq_i), for i >= t
             j in the chunk, i after           da_out_j = v_j . (dS's part of dv_j), for j < t
             both in the chunk                 R_ij = w_ij (q_i . k_j) (dy_i . v_j). Sum the rows
-                                              i >= t of R and subtract its columns j >= t, that
-                                              is the pairs in these rows that have j >= t too
-        A shorter formula, for y alone, sums q . dq - k . dk over all tokens from t on. Such pairs
-        then cancel over all of L, and rounding errors grow with it. Here a sum stays in its chunk.
+                                              i >= t of R, which is 0 for j > i, and subtract
+                                              its columns j >= t: what is left has j < t
+        A shorter formula, where the last state has no gradient: da_t is the sum of q_s . dq_s -
+        k_s . dk_s over all s >= t. There pairs with j >= t are added and subtracted over all of L,
+        and rounding errors grow with it. Here every sum stays in its chunk.
         """
         q, k, v, a, *states = ctx.saved_tensors
         Q = ctx.Q
@@ -349,8 +354,10 @@ def scan_states(fade, writes, S, reverse=False):
 #             which the forward stores every STATE_EVERY tokens, and scans it up from there.
 #
 # A program, one of the instances of a kernel that run in parallel, takes one head of one document
-# and walks from chunk to chunk. If these are too few to fill the GPU, documents are cut in pieces,
-# with a program each; what a piece adds to the state is computed first, by another kernel.
+# and walks from chunk to chunk. A head whose state is too large for the registers becomes several
+# narrower ones with the same q, k and a, see configuration: P in the kernels is their width. If
+# programs are too few to fill the GPU, documents are cut in pieces, with a program each; what a
+# piece adds to the state is computed first, by another kernel.
 # No (Q, Q) tile reaches memory. Programs share no output: two runs give the same bits. Exponents
 # are <= 0, and to base 2, for which GPUs have an instruction (to base e in step_kernel only).
 
@@ -414,7 +421,10 @@ def write(x, t, inside, heads: tl.constexpr, h, rows, Q: tl.constexpr, WIDTH: tl
 
 @jit
 def decays(a, t, inside, H: tl.constexpr, h, Q: tl.constexpr):
-    """-> A (Q): log2 of decay_in, from the chunk's start to each token; its last, log2 of fade"""
+    """-> A (Q): log2 of decay_in, from the chunk's start to each token; its last, log2 of fade
+
+    A is the whole running sum, not split in W and A: chunks are short instead, see configuration.
+    """
     i = tl.arange(0, Q)                                                 # 1.44... is log2 e
     A = tl.cumsum(tl.load(a + t * H + h + i * H, mask=inside, other=0.0) * 1.4426950408889634, 0)
     return A, tl.sum(tl.where(i == Q - 1, A, 0.0), 0)
@@ -524,7 +534,7 @@ def backward_kernel(q, k, v, a, cu, states, dy, dS1, writes, fades, dq, dk, dv, 
         # S_in: from the last stored state up
         last = (t - start) // STATE_EVERY
         S = tl.load(state_at(states, (stored + last) * H + h, N, P)).to(tl.float32)
-        for s in range(start + last * STATE_EVERY, t, Q):
+        for s in range(start + last * STATE_EVERY, t, Q):       # whole chunks: s + i < t holds
             A_s, total_s = decays(a, row + s, s + i < t, H, h, Q)
             k_s = read(k, row + s, s + i < t, G, g, Q, N)
             v_s = read(v, row + s, s + i < t, H, h, Q, P)
@@ -544,7 +554,8 @@ def backward_kernel(q, k, v, a, cu, states, dy, dS1, writes, fades, dq, dk, dv, 
         write(dq, row + t, inside, H, h, dq_c, Q, N)
 
         # dv and dk, from what read them: later tokens of the chunk, and the state after it. Here
-        # log_w, M and dM have rows and columns exchanged: a second dM costs less than a transpose.
+        # log_w and M have rows and columns exchanged, and so has v dy^T, which is computed again:
+        # that costs less than to transpose dy v^T.
         log_w = tl.where(i[:, None] <= i[None, :], A[None, :] - A[:, None], float("-inf"))
         M = dot(k_c, tl.trans(q_c), None, FP32) * tl.exp2(log_w)        # (Q j, Q i)
         dv_c = dot(k_c, dS.to(k_c.dtype), None, FP32) * decay_out
@@ -588,8 +599,9 @@ def configuration(N, P, dtype, arch):
     test_ssd.py 90` prints what each takes on sm_90. S (N, columns) stays in registers: it has at
     most 4,096 numbers, 32 for each thread of 4 warps, and a thread has room for 255 in all. fp32
     needs short chunks besides, because `decays` does not split its running sum into W and A: 16
-    resets of -112, the FLOOR, add up to 16 * 112 / ln 2 = 2,600, where fp32 has four decimals left.
-    bf16 and fp16 take chunks of up to 64: three decimals are left, and the inputs have no more.
+    resets, which floored makes -112 each, add up to 16 * 112 / ln 2 = 2,600, where fp32 has four
+    decimals left. bf16 and fp16 take chunks of up to 64: three decimals are left, and the inputs
+    have no more.
     """
     if dtype == torch.float32:
         warps = 8 if N > 64 else 4
@@ -813,14 +825,15 @@ def orientation_loss(q_t, k_t, scale, q, k, a, D, window=None, return_size=False
     then (* is elementwise):
         dq = (E * decay) k    dk = (E * decay)^T q    dD = trace E
         dA_i = sum_j (E * M)[i, j] - sum_j (E * M)[j, i]
-    with A the running sum of a, hence da = reverse cumulative sum of dA. Its rounding errors grow
-    with L. Chunked.backward sums inside chunks only, as states stand for the rest, but the softmax
-    in E has no states. At the length of a training window the errors are small.
+    with A the running sum of a (W + A in the code), hence da = reverse cumulative sum of dA. Its
+    rounding errors grow with L. Chunked.backward sums inside chunks only, as states stand for the
+    rest, but the softmax in E has no states. At the lengths of training the errors are small.
     """
     if backend not in ("auto", "triton", "blocked"):
         raise ValueError(f"backend {backend!r}: choose auto, triton or blocked")
     if backend == "auto":
-        # both widths, q's and q_t's, must be among SIZES
+        # It checks two widths: the last of its first argument, N here, and its second, the
+        # teacher's N. Both must be among SIZES.
         fits = q.is_cuda and why_not_triton(q, k_t.shape[-1]) is None
         backend = "triton" if fits else "blocked"
     window = min(window or a.shape[1], a.shape[1])
@@ -897,8 +910,9 @@ def orientation_blocked(q_t, k_t, scale, window, q, k, a, D):
         target = q_t[:, :, lo:hi] @ k_t[:, :, :hi].mT * scale           # (B, H, rows, hi)
         unseen = future | torch.ones_like(future).tril(lo - window)     # and beyond the window
         target = target.masked_fill_(unseen, -torch.inf).softmax(-1)
-        # Differences from row lo are taken in fp64, then rounded, so large ones lose digits. Before
-        # column lo, large means a decay near 0; from lo on it is as in a chunk of `rows` tokens.
+        # W and A are measured from row lo in fp64, then rounded. For columns j < lo a large
+        # value has a large rounding error, but its decay is about 0, so the error does not matter.
+        # For j >= lo the sums are over fewer than `rows` tokens, as in decay_matrix for one chunk.
         W_lo, A_lo = ((x[:, :, :hi] - x[:, :, lo, None]).to(dtype) for x in (W, A))     # (B, H, hi)
         gap = W_lo[..., lo:, None] - W_lo[..., None, :]
         gap.add_(A_lo[..., lo:, None]).sub_(A_lo[..., None, :])
@@ -968,7 +982,10 @@ def orientation_kernel(x_t, z_t, scale, window, x, z, a, D, lse, dx, dA, sums, L
     squares = zero                                                      # of E
     squares_t = zero                                                    # of the teacher's matrix
     trace = zero                                                        # of E
-    between = 0.0                                       # log decay over the tiles between m and n
+    # The decay from token j to token i is A_i - A_j + starts, where A counts from each tile's start
+    # and `starts` from the start of the earlier tile to that of the later one: the earlier tile's
+    # total, and `between`, the totals of the tiles that lie between. On the diagonal it is 0.
+    between = 0.0
     for d in range(n_tiles):
         shift = -d * Q if ROWS else d * Q
         offs_n = offs_m + shift
@@ -977,12 +994,12 @@ def orientation_kernel(x_t, z_t, scale, window, x, z, a, D, lse, dx, dA, sums, L
         A_z, total_z = decays(a, row + shift, offs_n < L, H, h, Q)
         if ROWS:
             causal = (offs_m[:, None] >= offs_n[None, :]) & (offs_m < L)[:, None]
-            starts = tl.where(d > 0, between + total_z, 0.0)            # n's start to m's
+            starts = tl.where(d > 0, between + total_z, 0.0)            # n is the earlier tile
             gap = A[:, None] + (starts - A_z)[None, :]
             lse_c = lse_m[:, None]
         else:
             causal = (offs_m[:, None] <= offs_n[None, :]) & (offs_n < L)[None, :]
-            starts = tl.where(d > 0, between + total, 0.0)              # m's start to n's
+            starts = tl.where(d > 0, between + total, 0.0)              # m is the earlier tile
             gap = A_z[None, :] + (starts - A)[:, None]
             lse_c = tl.load(lse + offs_n, mask=offs_n < L, other=0.0)[None, :]
         between += tl.where(d > 0, total_z, 0.0)
@@ -1145,8 +1162,9 @@ def running_sums(a, dim=-1):
 
     The decay between two tokens is a difference of running sums. In one sum a reset, say a = -100,
     would cost every later token digits of its own small decay. So -96, its multiple of 16, goes to
-    W, which has no rounding error, and -4 to A, which is about as small as without resets. Where
-    nothing is below -16 (e^-16 is the last digit of an fp32 number) W is 0.
+    W, which has no rounding error, and -4 to A, which is about as small as without resets. 16,
+    because e^-16 is about 2^-23, the last digit of an fp32 number: what is below -16 forgets all
+    before it to within rounding. Without such tokens W is 0.
     """
     multiples = (a.detach() / 16).trunc_().mul_(16)
     return multiples.cumsum(dim), (a - multiples).cumsum(dim)
