@@ -33,27 +33,33 @@ subclass Mamba2 in extras/mixers.py.
 
 [1] Mamba-2, arXiv 2405.21060    [2] MOHAWK, arXiv 2408.10189
 """
+import contextlib
+import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
 import socket
 import urllib.parse
 import warnings
+import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from ssd_kernel import at_least_fp32, mixing_matrix, orientation_loss, ssd, ssd_step
 
 SILU_IS_ONE = 1.278464542761    # silu of this is 1: the gate silu(z + z_bias) is open at z = 0
 PREFILL = 2048                  # tokens of a prompt read at once: memory is flat in its length
-NEVER = 2**30                   # padding's position: after all others, so no query sees it
+NEVER = 2**30                   # padding's position: after all others, so no text sees it
 
 
 def phi_frequencies(head_dim):
@@ -127,12 +133,13 @@ class GatedMLP(nn.Module):
 # -----------------------------------------------------------------------------
 # The mixers. Each has forward(h, state, mask) -> (output, next state), h and output (B, L, D), and
 # initial_state(B). A mixer in Mamba2's place also needs Mamba2's other methods and its attributes,
-# which the starts (INITS) write to: to add one, subclass Mamba2 as extras/mixers.py does.
+# which the initialisations at init_mohawk write to: to add one, subclass Mamba2 as extras/mixers.py
+# does.
 #
 # state: what the mixer remembers of the text before h. None, as in training, says that h is the
 # start of the text and that no next state is wanted: None is returned in its place.
 # mask (B, L): False at padding, which is to the right of each row's text and must leave no trace in
-# the state. None: no row has padding.
+# the state. None: no row has padding. Without a state it may be ignored: no mixer looks ahead.
 
 class Mamba2(nn.Module):
     """Discrete Mamba-2: it moves information along the sequence, in attention's place.
@@ -166,8 +173,9 @@ class Mamba2(nn.Module):
     def reset_parameters(self):
         """MOHAWK's start: convolution and gate are the identity, and D = 1.
 
-        The gate is no part of M + diag D, so stage 1 cannot train it. A gate of 1 hands what
-        stage 1 has learned to stage 2 unchanged.
+        Stage 1 trains M + diag D, the matrix that acts on v (see matrix): q, k, a and D. v, the
+        gate and out_proj learn from stage 2 on. At a gate of 1 the output is out_proj of that
+        matrix times v, so stage 2 goes on from what stage 1 has learned.
         """
         self.in_proj.reset_parameters()
         self.split_in_proj(self.in_proj.weight)["z"].zero_()
@@ -176,7 +184,8 @@ class Mamba2(nn.Module):
         self.conv1d.bias.zero_()
         self.D.fill_(1)
         self.out_proj.reset_parameters()
-        # As in GPT-2: n_layer mixers add to the hidden state, whose size must not grow with them.
+        # n_layer mixers add to the hidden state, whose size must not grow with them. GPT-2 divides
+        # by sqrt(2 n_layer), for its mixers and MLPs; here the MLPs are the teacher's.
         self.out_proj.weight /= math.sqrt(self.config.n_layer)
 
     def split_in_proj(self, rows):
@@ -240,7 +249,8 @@ class Mamba2(nn.Module):
         q_t, k_t, scale, window: of the teacher (_t), as Teacher.factors in model_teacher.py gives
         them. Its attention matrix is A = softmax(q_t k_t^T scale), causal, over the last `window`
         keys if that is given. distance and size are the means over batch and heads of
-        || A - matrix(h) ||_F and || A ||_F. Computed in tiles: no (L, L) matrix is in memory.
+        || A - matrix(h) ||_F, which is the loss, and of || A ||_F, its scale. Computed in tiles: no
+        (L, L) matrix is in memory.
         """
         q, k, _, a, _, _ = self.project(h)
         return orientation_loss(q_t, k_t, scale, q, k, a, self.D, window, return_size=True)
@@ -417,9 +427,9 @@ class Block(nn.Module):
         u = u + mixed
         return u + self.mlp(self.post_attention_layernorm(u)), state
 
-    # In sharded training (FSDP2) a layer's weights are complete only during forward and the methods
-    # that distill.shard_student registers with FSDP, these two. Other code that needs the weights
-    # goes through call.
+    # In sharded training (FSDP2) a layer's weights are complete only within forward, orientation
+    # and call: distill.shard_student registers the last two. (SSM.matrix and the initialisations
+    # are for models that are not sharded.)
 
     def orientation(self, u, *factors):
         """Stage 1's loss of this layer, given its input u: see Mamba2.orientation"""
@@ -459,7 +469,8 @@ class Generation:
         prompts share the random numbers: what follows one does not depend on the others, and equal
         prompts get equal text. The student's memory grows with n in attention layers only.
         """
-        drawn = torch.stack(list(self.stream(prompts, n, temperature, top_k, seed)), 1)     # (B, n)
+        stream = self.stream(prompts, n, temperature, top_k, seed)
+        drawn = torch.stack(list(progress_bar(stream, "write", n)), 1)                      # (B, n)
         if isinstance(prompts, torch.Tensor):
             return torch.cat([prompts, drawn], dim=1)
         return [torch.cat(pair) for pair in zip(prompts, drawn, strict=True)]
@@ -490,12 +501,14 @@ class SSM(nn.Module, Generation):
         self.recompute = False          # see run_layer
         self.backbone = nn.ModuleDict({
             "embedding": nn.Embedding(config.vocab_size, config.d_model),
-            "layers": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+            "layers": nn.ModuleList(Block(config, i) for i in
+                                    progress_bar(range(config.n_layer), "allocate layers")),
             "final_layernorm": norm(config)})
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.block == "phi")
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
-        for module in self.modules():   # as in GPT-2; from_teacher overwrites all but SSM mixers
+        # As in GPT-2; from_teacher overwrites all but SSM mixers.
+        for module in progress_bar(list(self.modules()), "draw random weights"):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -568,7 +581,8 @@ class SSM(nn.Module, Generation):
         """tokens (B, L) after `state` -> h (B, L, D) for the head, next state. In parallel over L.
 
         mask (B, L): False where a row is padding, on either side or inside. Tokens are computed as
-        if padding were not there. The hidden state at padding is that of the token before it.
+        if padding were not there. The hidden state at padding is that of the token before it, or
+        of the row's first token.
         """
         if mask is not None:
             # The mixers want padding on the right, so the text of each row moves to the left.
@@ -657,7 +671,8 @@ class SSM(nn.Module, Generation):
     def from_teacher(cls, teacher, attn_layers=(), init="mohawk", tokens=None, **overrides):
         """A student of the teacher's shape, with its weights except in the mixers of SSM layers.
 
-        teacher: model_teacher.Teacher. Its shapes: {field of Config: value}, weights(): see INITS
+        teacher: model_teacher.Teacher; shapes are its {field of Config: value}, weights() its
+            {the student's name of a parameter: tensor}
         attn_layers: numbers of the layers that keep attention, or "all"
         init: how the mixers start, see INITS; or "scratch", which copies nothing from the teacher
         tokens (B, L): for the starts that look at the teacher's attention
@@ -690,56 +705,77 @@ class SSM(nn.Module, Generation):
     def from_pretrained(cls, name):
         """name: a model folder in this project's or goombalab/Phi-Mamba's layout, or a hub id
 
-        UsageError unless every tensor that config.json implies is in the file, and no other.
+        UsageError unless every tensor that config.json implies is in the file, and no other, and
+        both files are as save_pretrained wrote them. (The published ones have no checksums.)
         """
         folder = Path(name)
         if not folder.exists() and str(name).count("/") == 1:
             folder = from_hub(str(name))
         if not (folder / "config.json").is_file():
             raise UsageError(f"no model in {name}: there is no config.json")
-        student = cls(read_config(json.loads((folder / "config.json").read_text("utf-8"))))
-        file = folder / "model.safetensors"
-        try:
-            if file.exists():
-                weights = load_file(file)
-            else:                                   # the published checkpoints
-                weights = torch.load(folder / "pytorch_model.bin", map_location="cpu",
-                                     weights_only=True)
-        except Exception as error:                  # a cut or damaged file fails in many ways
-            raise UsageError(f"{file} is missing, damaged or cut short: "
-                             f"{first_line(error)}") from error
-        if student.config.tie_embeddings:
-            weights["lm_head.weight"] = weights["backbone.embedding.weight"]
-        expected = {name: w.shape for name, w in student.state_dict().items()}
-        found = {name: w.shape for name, w in weights.items()}
-        if wrong := sorted({name for name, shape in expected.items() ^ found.items()}):
+        file = read_json(folder / "config.json", WRITTEN_AGAIN)
+        shapes, load = open_weights(folder, file.get("weights"))
+        config = read_config(file, most_layers=len(shapes))     # a layer has a tensor at least
+        how_made = file.get("about", {})
+        if not isinstance(how_made, dict):
+            raise UsageError(f"{folder}/config.json is damaged (about is {str(how_made)[:40]}): "
+                             f"{WRITTEN_AGAIN}")
+        with torch.device("meta"):                  # no memory yet, whatever config.json asks for
+            expected = {name: w.shape for name, w in cls(config).state_dict().items()}
+        if config.tie_embeddings:
+            shapes["lm_head.weight"] = shapes.get("backbone.embedding.weight")
+        if wrong := sorted({name for name, shape in expected.items() ^ shapes.items()}):
             raise UsageError(f"the weights in {folder} do not fit its config.json: "
                              f"{len(wrong)} tensors differ, first {wrong[0]}")
+        weights = load()
+        if config.tie_embeddings:
+            weights["lm_head.weight"] = weights["backbone.embedding.weight"]
+        student = cls(config)
         student.load_state_dict(weights, strict=True)
         student.loaded = f"{len(weights)} tensors loaded, none missing, none left over"
+        student.about = how_made
         return student
 
     def save_pretrained(self, folder, **about):
         """Writes config.json and model.safetensors, in the published layout.
 
-        about: how the model was made, for config.json. A killed process leaves the old folder, or
-        the new one, never half of one.
+        about: how the model was made, for config.json, which also has both files' checksums
         """
-        folder = Path(folder)
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         weights = {name: w.detach().contiguous() for name, w in self.state_dict().items()}
         if self.config.tie_embeddings:
             del weights["lm_head.weight"]
-        save_file(weights, partial / "model.safetensors")
-        config = json.dumps(write_config(self.config) | {"about": about}, indent=1) + "\n"
-        (partial / "config.json").write_text(config, "utf-8")
-        replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with replacing(folder) as partial:
+            partial.mkdir()
+            save_file(weights, partial / "model.safetensors")
+            write_json(partial / "config.json", write_config(self.config) | {
+                "about": about, "weights": file_checksum(partial / "model.safetensors")})
+
+
+def check_folder(folder):
+    """UsageError if a model folder is not as save_pretrained wrote it. -> how the model was made"""
+    file = read_json(folder / "config.json", WRITTEN_AGAIN)
+    open_weights(folder, file.get("weights"))
+    return file.get("about", {})
+
+
+def open_weights(folder, checksum):
+    """-> {name: shape} of the weights in a model folder, and a function that loads them
+
+    checksum: what config.json says of model.safetensors, None in the published layout
+    """
+    file = folder / "model.safetensors"
+    if not file.exists():                           # the published checkpoints
+        file = folder / "pytorch_model.bin"
+    with damage_in_one_line(file, WRITTEN_AGAIN):
+        if file.suffix == ".bin":
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+            return {name: w.shape for name, w in weights.items()}, lambda: weights
+        if checksum is not None and checksum != file_checksum(file):
+            raise ValueError("its checksum is not the one in config.json")
+        with safe_open(file, "pt") as header:
+            shapes = {name: torch.Size(header.get_slice(name).get_shape())
+                      for name in header.keys()}
+        return shapes, lambda: load_file(file)
 
 
 def sample(logits, temperature, top_k, generator):
@@ -886,7 +922,7 @@ def init_qkv(student, teacher, tokens):
     """q, k, v and out_proj of each layer from the teacher's attention in that layer
 
     They have the same roles in both, so the student's scores q k^T start as the teacher's, without
-    its rotary embedding and softmax.
+    its rotary embedding, softmax and norms of q and k. The bias of its output has no place here.
     """
     weights = teacher.weights()
     for i in student.ssm_layers:
@@ -903,11 +939,11 @@ def copy_qkv(mixer, attention):
         raise UsageError("init qkv needs d_state = head_dim and q, k for every head, "
                          "as the teacher has them")
     rows = mixer.split_in_proj(mixer.in_proj.weight)
-    channels = list(rows)[:3]                           # the convolution's parts: v, k, q
+    channels = list(rows)[:3]       # what goes through the convolution: v, k, q in Mamba2
     sizes = [len(rows[part]) for part in channels]
     biases = dict(zip(channels, mixer.conv1d.bias.split(sizes), strict=True))
     for part in ("v", "k", "q"):
-        if part not in rows:                            # MetaLA (extras/mixers.py) has no k
+        if part not in rows:        # MetaLA (extras/mixers.py) has a gate in the place of k
             continue
         # q takes the 1 / sqrt(N) of attention's softmax, so that scores start at attention's size.
         scale = c.head_dim ** -0.5 if part == "q" else 1
@@ -929,14 +965,16 @@ def init_fit(student, teacher, tokens, decays=False):
     """init_qkv, then two numbers per head, scale and D, that minimise || A - scale M - D I ||_F
 
     A is the head's attention matrix in the teacher, M the student's mixing matrix without its skip,
-    both on these tokens (B, L). q takes the scale: a few percent, as scores without a softmax are
-    too large. It is 0 where M is 0, or a multiple of I, which D can replace. decays: set_decays too
+    both on these tokens (B, L). q is multiplied by the scale, some hundredths, because scores are
+    too large without a softmax. It is 0 where least squares would make it negative, where M is 0,
+    and where M is a multiple of I, which D can replace. decays: set_decays too
     """
     init_qkv(student, teacher, tokens)
     student.to(tokens.device)
     if decays:
         set_decays(student, teacher, tokens)
-    for i, u in teacher.inputs(tokens, only=student.ssm_layers):
+    layers = teacher.inputs(tokens, only=student.ssm_layers)
+    for i, u in progress_bar(layers, "fit the start", len(student.ssm_layers)):
         mixer = student.layers[i].mixer
         mixer.D.zero_()                                 # so that matrix(), M + diag D, gives M
         sums = 0
@@ -971,13 +1009,15 @@ def init_distance(student, teacher, tokens):
 def set_decays(student, teacher, tokens):
     """a = -1 / the mean distance between query and key in this head of the teacher, at every token
 
+    Weights e^(a d) over distances d >= 0 have a mean distance of about -1 / a.
     a = -softplus(A_log), and A_log = (a row of in_proj) . h has no bias that could make it
     constant. So the row is A_log times `one`, the vector that brings one . h nearest to 1 on these
     tokens (B, L): least squares, with a ridge.
     """
     position = torch.arange(tokens.shape[1], device=tokens.device)
     back = (position[:, None] - position).clamp_min(0)                  # (L, L), i - j
-    for i, u in teacher.inputs(tokens, only=student.ssm_layers):
+    layers = teacher.inputs(tokens, only=student.ssm_layers)
+    for i, u in progress_bar(layers, "set the decays", len(student.ssm_layers)):
         layer = student.layers[i]
         distances = [(teacher.matrix(i, row[None]) * back).sum(-1).mean(-1) for row in u]
         # At least 0.25, because 1 / 0 is infinite for a head that sees only its own token.
@@ -1031,14 +1071,20 @@ def write_config(config):
             **{f"Block{i}": run for i, run in enumerate(runs, 1)}, "shapes": shapes}
 
 
-def read_config(file):
-    """config.json as a dict -> Config. Missing fields are Phi-1.5's, as in the published code."""
+def read_config(file, most_layers=10**4):
+    """config.json as a dict -> Config. Missing fields are Phi-1.5's, as in the published code.
+
+    UsageError for what is no model's: values of other types, of no possible size, or more than
+    `most_layers` layers.
+    """
     try:
         language = file["LanguageModel"]["input"]
         model = file["MixerModel"]["input"]
         blocks = [block for name, block in file.items() if name.startswith("Block")]
         kinds = []                                      # of each layer
         cores = {}                                      # kind -> the mixer's own fields
+        if not all(0 < block["n_layers"] <= most_layers for block in blocks):
+            raise ValueError(f"a block of {[block['n_layers'] for block in blocks]} layers")
         for block in blocks:
             kinds += [block["CoreType"]] * block["n_layers"]
             cores[block["CoreType"]] = block["core_input"]
@@ -1049,16 +1095,38 @@ def read_config(file):
                   "attn_layers": tuple(i for i, kind in enumerate(kinds) if kind == ATTENTION)}
         if others:
             shapes |= core_shapes(others[0], cores[others[0]], model["d_model"])
-    except (KeyError, TypeError) as error:
+        shapes |= file.get("shapes", {})
+        unknown = sorted(set(shapes) - {field.name for field in fields(Config)})
+        if unknown or len(others) > 1 or len(kinds) != model["n_layer"]:
+            raise ValueError(f"it has {len(kinds)} of {model['n_layer']} layers, {set(kinds)}, "
+                             f"{unknown}")
+        config = Config(**{name: tuple(value) if isinstance(value, list) else value
+                           for name, value in shapes.items()})
+        check_sizes(config)
+    except DAMAGE as error:
+        missing = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
         raise UsageError("config.json is not one of this project's or of Phi-Mamba's: "
-                         f"{error} is missing") from error
-    shapes |= file.get("shapes", {})
-    unknown = sorted(set(shapes) - {field.name for field in fields(Config)})
-    if unknown or len(others) > 1 or len(kinds) != model["n_layer"]:
-        raise UsageError("config.json is not one of this project's or of Phi-Mamba's: it has "
-                         f"{len(kinds)} of {model['n_layer']} layers, {set(kinds)}, {unknown}")
-    return Config(**{name: tuple(value) if isinstance(value, list) else value
-                     for name, value in shapes.items()})
+                         f"{missing}") from error
+    return config
+
+
+def check_sizes(config):
+    """ValueError for a field of another type than Config declares, or of no possible size"""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        declared = int | float if field.type is float else field.type
+        number = isinstance(value, int | float) and field.type is not bool
+        if (not isinstance(value, declared) or isinstance(value, bool) != (field.type is bool)
+                or number and not 0 < value < (100 if field.type is float else 2**31)):
+            raise ValueError(f"{field.name} is {str(value)[:40]}")
+    numbered = (*config.attn_layers, *(config.window_layers or ()))
+    if not all(i in range(config.n_layer) for i in numbered):
+        raise ValueError(f"it names layers {numbered} of {config.n_layer}")
+    if not all(isinstance(x, int | float) and 0 < x <= 1 for x in config.inv_freq):
+        raise ValueError(f"inv_freq is {str(config.inv_freq)[:40]}")
+    if (2 * len(config.inv_freq) > config.head_dim or config.block not in ("phi", "llama")
+            or config.n_head % config.n_qk_head or config.n_head % config.n_kv_head):
+        raise ValueError(f"its heads or blocks do not fit: {str(config)[:200]}")
 
 
 def core_shapes(kind, core, d_model):
@@ -1068,6 +1136,8 @@ def core_shapes(kind, core, d_model):
                          "biases than this one has")
     H = core["n_v_heads"]
     P = round(d_model * core["expand"]) // H
+    if P > 2**16:                                   # before a list of that length is made of it
+        raise ValueError(f"heads of {P} channels")
     return {"mixer": "mamba2" if kind == MAMBA2 else kind.removeprefix("modules.mixers."),
             "d_state": core["d_state"], "n_head": H, "n_qk_head": core["n_qk_heads"],
             "d_conv": core["d_conv"], "head_dim": P, "n_kv_head": H,
@@ -1075,7 +1145,8 @@ def core_shapes(kind, core, d_model):
 
 
 # -----------------------------------------------------------------------------
-# What every file of the project needs: errors as one line, and the Hugging Face hub
+# What every file of the project needs: errors as one line, progress bars, files, and the Hugging
+# Face hub
 
 class UsageError(Exception):
     """An error that the user can fix. The programs print it as one line, with exit code 2."""
@@ -1084,6 +1155,112 @@ class UsageError(Exception):
 def first_line(error):
     """The message of another library's error, cut to one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def progress_bar(items, doing, total=None):
+    """The items of an iterable, with a bar if they take more than two seconds; it does not stay."""
+    return tqdm(items, desc=doing, total=total, delay=2, mininterval=0.5, leave=False,
+                disable=os.environ.get("RANK", "0") != "0")
+
+
+# What reading a damaged file raises: json and safetensors, and what is built of what they read
+DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+          RuntimeError, MemoryError, SafetensorError, pickle.UnpicklingError)
+WRITTEN_AGAIN = "copy it again from where it came, or run what wrote it again with --fresh"
+
+
+@contextlib.contextmanager
+def damage_in_one_line(path, cure):
+    """Within, what a damaged or missing file raises becomes a UsageError with the file's name."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise UsageError(f"{path} is missing or damaged ({first_line(error)}): {cure}") from error
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a path beside `path`: the file or folder that is written there takes `path`'s place.
+
+    It is on the disk before it gets its name. So a kill, a full disk or a power cut leaves the old
+    one or the new one, never half of one. (A folder is replaced in two steps. A kill between them
+    leaves the old one as .NAME.old, which the next call puts back.) What is left beside it the next
+    call removes: only one process at a time may write `path`. UsageError if it cannot.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    old = path.with_name(f".{path.name}.old")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        delete(partial)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        delete(old)
+        yield partial
+        for written in (*partial.rglob("*"), partial):
+            flush(written)
+        if path.is_dir():                           # nothing can be renamed to its name
+            path.rename(old)
+        partial.replace(path)
+        flush(path.parent)
+        delete(old)
+    except (OSError, RuntimeError, SafetensorError) as error:   # a full disk is one of these
+        delete(partial)
+        raise UsageError(f"cannot write {path}: {first_line(error)}") from error
+
+
+def flush(path):
+    """Wait until a file's bytes, or a folder's names, are on the disk and not only in its cache."""
+    if os.name == "posix":                          # elsewhere a folder cannot be opened
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def delete(path):
+    """A file, or a folder with all in it, if it is there"""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_file(path, text):
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path, values):
+    """values: a dict. Its checksum is added, by which read_json notices any change."""
+    values = json.loads(json.dumps(values))         # as read_json will see them: no tuples
+    values["checksum"] = json_checksum(values)
+    write_file(path, json.dumps(values, indent=1) + "\n")
+
+
+def read_json(path, cure):
+    """A file with a JSON object -> dict, without its checksum. (Files of others have none.)
+
+    UsageError, which names the file and the cure, if it is missing, damaged or was changed.
+    """
+    with damage_in_one_line(path, cure):
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        checksum = values.pop("checksum", None)
+        if checksum not in (None, json_checksum(values)):
+            raise ValueError("it was changed after it was written: its checksum differs")
+        return values
+
+
+def json_checksum(values):
+    return f"crc32 {zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
+
+
+def file_checksum(path):
+    """xxh3 of the bytes: gigabytes a second"""
+    import xxhash                                   # an exported model must load without it
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def go_offline_if_unreachable():
