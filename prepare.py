@@ -9,9 +9,9 @@ same command goes on from data/.<name>.partial and ends with the same bytes:
 
     data/<name>/train_00000.bin ...   only token ids, uint16 (uint32 if the vocabulary needs it)
                 val.bin               for validation: every 25th token or so, in complete documents,
-                                      until it has 4 million (a text file of more than 65,536
-                                      characters counts as several documents, and so does any
-                                      document of more tokens than that)
+                                      until it has 4 million. Long documents are cut in parts, text
+                                      files about every 65,536 characters, and each part is for
+                                      training or for validation (Python's library is not cut)
                 meta.json             tokenizer, vocabulary, counts, source, every shard's checksum
 
     document | <|endoftext|> | document | <|endoftext|> | ...   packed end to end, read in windows
@@ -21,8 +21,8 @@ last line of output counts these, and the files that were left out.
 
 A teacher's name stands for its tokenizer. The default, "tiny", reads bytes.
 
-The order of the training windows depends on (seed, epoch) alone. So a position in the data is one
-number, the count of windows before it, and a run can resume anywhere.
+For one context length the order of the training windows depends on (seed, epoch) alone. So a
+position in the data is one number, the count of windows before it, and a run can resume anywhere.
 
 The file follows the text: tokenizers, sources, text -> tokens -> shards -> windows. The last
 section is the command line, as distill.py, eval.py and extras/ share it.
@@ -36,6 +36,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -54,7 +55,6 @@ import time
 import zlib
 from pathlib import Path
 
-import filelock
 import huggingface_hub
 import numpy as np
 import tiktoken
@@ -64,8 +64,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from model_ssm import UsageError, first_line, go_offline_if_unreachable
-from model_teacher import resolve_name
+from model_ssm import (UsageError, damage_in_one_line, first_line, go_offline_if_unreachable,
+                       progress_bar, read_json, write_json)
+from model_teacher import cure, resolve_name
 
 SHARD_TOKENS = 10**8    # 200 MB a shard in uint16
 PIECE = 2**16           # characters read at once, so that memory does not depend on a file's size
@@ -98,7 +99,8 @@ class Tokenizer:
 
     def __init__(self, name):
         self.name = "bytes" if name == "tiny" else str(name)
-        self.lock = threading.Lock()            # for `hf`: it encodes in threads of its own
+        # `hf` may not be called by two threads at once. One call uses all cores by itself.
+        self.lock = threading.Lock()
         if self.name == "bytes":
             self.hf = None                      # transformers' tokenizer
             self.tiktoken = byte_encoding()     # or None: then `hf` encodes
@@ -114,10 +116,10 @@ class Tokenizer:
         """Set hf, tiktoken, vocab_size, eot and stop_ids."""
         path, options = resolve_name(self.name)
         try:
-            self.hf = AutoTokenizer.from_pretrained(path, **options)
+            self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
         except Exception as error:                # the hub client raises a dozen unrelated types
             raise UsageError(f"no tokenizer for {self.name}: {first_line(error)} "
-                             "(with no network: python distill.py --preset tiny)") from error
+                             f"({cure(self.name, path)})") from error
         self.tiktoken = gpt2_encoding(self.hf)    # the same ids, several times as fast, or None
         vocabulary = self.hf.get_vocab()
         # eos is the second choice, because in a chat model it ends a turn, not a text.
@@ -129,8 +131,8 @@ class Tokenizer:
         # encode_batch gives text no special id, except the one that stands for the unknown.
         text_ids = set(vocabulary.values()) - special
         self.vocab_size = max(text_ids | {self.eot, self.hf.unk_token_id or 0}) + 1
-        # Only ids that are special to the tokenizer count. A config.json that names none gets a
-        # default from transformers, such as 2, which may be a letter here.
+        # Only ids that are special to the tokenizer count. transformers writes a default, such as
+        # 2, into the config.json of a model that has none, and 2 may be a letter here.
         ends = {self.eot, self.hf.eos_token_id} | (end_tokens(path) & special)
         self.stop_ids = tuple(sorted(ends - {None}))
 
@@ -204,7 +206,7 @@ def end_tokens(path):
         except OSError:
             file = None
         if file is not None:
-            ids = json.loads(Path(file).read_text("utf-8")).get("eos_token_id")
+            ids = read_json(file, "copy it again from where it came").get("eos_token_id")
             found |= set(ids if isinstance(ids, list) else [ids])  # one id or several
     return found
 
@@ -290,7 +292,9 @@ def gpt2_encoding(hf):
 # -----------------------------------------------------------------------------
 # Sources of text
 
-UNREADABLE = "\udcff"       # stands for bytes that are not in the encoding, until they are counted
+# Stands for bytes that are not in the encoding, until they are counted. It is half a surrogate
+# pair, so without_surrogates makes it U+FFFD.
+UNREADABLE = "\udcff"
 MOST_UNREADABLE = 0.25      # share of a file's beginning: more is another encoding, or no text
 END = b"\xff"               # marks a document's end in a text's crc32: never a byte of UTF-8
 # Byte order marks. That of UTF-32-LE begins with that of UTF-16-LE, so it is tried first.
@@ -325,8 +329,10 @@ class Documents:
         """Yields (pieces, record): about BATCH characters, and where to go on after them.
 
         pieces: as pieces() yields them; the last batch may be empty
-        record: JSON. "place" in files is the number of pieces before it: to read them again takes
-                little time beside tokenising. Data sets of the hub have a state. "read": self.read
+        record: {"place", "read"}, as JSON. Of files, place is the number of pieces before: they are
+                read again and thrown away, which takes little time beside tokenising. Of a data
+                set of the hub it is the state of its iterator. read is self.read. prepare() has
+                both in its meta.json: place None before anything is read, none when all is saved
         """
         batch, size = [], 0
         for text, ends in self.pieces(record or {}):
@@ -360,7 +366,7 @@ class Documents:
                 yield text, ends
 
     def _clean(self, text, ends):
-        """-> `text` without surrogates, counted in self.read"""
+        """-> `text` without surrogates. Piece, repairs and checksum are counted in self.read."""
         clean = without_surrogates(text)
         if clean is not text:
             unreadable = text.count(UNREADABLE)
@@ -373,7 +379,8 @@ class Documents:
         return clean
 
     def _from_files(self):
-        library = self.source == "stdlib"       # its files are text, and never split
+        # Python's library: all its files are text, and short enough to be read and split as a whole
+        library = self.source == "stdlib"
         for path in self.paths:
             with errors_in_one_line(f"read {path}"):
                 why = None if library else why_left_out(path, alone=len(self.paths) == 1)
@@ -388,7 +395,7 @@ class Documents:
         import datasets                         # it takes seconds, and only this needs it
         with errors_in_one_line(f"stream the data set {self.source} "
                                 "(with no network: python distill.py --preset tiny)"):
-            go_offline_if_unreachable()
+            go_offline_if_unreachable()         # datasets has its own copy of what that sets:
             datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE
             self.rows = datasets.load_dataset(self.source, self.config, split="train",
                                               streaming=True)
@@ -419,6 +426,7 @@ class Documents:
 
 
 def checksum(about):
+    """of anything that JSON can write"""
     return zlib.crc32(json.dumps(about).encode())
 
 
@@ -470,9 +478,9 @@ def why_left_out(path, alone):
         head = file.read(2**13)
     if head.count(UNREADABLE) + head.count("\0") > MOST_UNREADABLE * len(head):
         return "not UTF-8"
-    if kind is read_json and ".json" in path.suffixes and not alone:
+    if kind is read_json_lines and ".json" in path.suffixes and not alone:
         try:
-            next(read_json(path), None)
+            next(read_json_lines(path), None)
         except UsageError:
             return 'no "text"'
     return None
@@ -504,7 +512,7 @@ def read_text(path):
             text = following
 
 
-def read_json(path):
+def read_json_lines(path):
     """One document a line"""
     with opened(path) as file:
         for number, line in enumerate(file, 1):
@@ -532,7 +540,7 @@ def read_parquet(path):
 
 
 READERS = {".txt": read_text, ".md": read_text, ".rst": read_text, ".py": read_text,
-           ".jsonl": read_json, ".json": read_json, ".parquet": read_parquet}
+           ".jsonl": read_json_lines, ".json": read_json_lines, ".parquet": read_parquet}
 
 
 def reader(path):
@@ -592,8 +600,10 @@ def encode(pieces, tokenizer):
 # -----------------------------------------------------------------------------
 # tokens -> shards
 
-def prepare(source, folder, tokenizer, config=None, tokens=None):
+def prepare(source, folder, tokenizer, config=None, tokens=None, wait=False):
     """Tokenise `source` into `folder`, up to `tokens` training tokens if given; -> the meta dict.
+
+    wait: if another process prepares the folder already, take what that one makes.
 
     The bytes do not depend on how often the call was killed and made again. UsageError for what
     Documents and encode report, if the folder exists, if another process prepares it, or if the
@@ -607,7 +617,9 @@ def prepare(source, folder, tokenizer, config=None, tokens=None):
               "dtype": tokenizer.dtype.name}
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
-    with locked(folder):
+    with locked(folder, wait):
+        if wait and folder.exists():
+            return read_meta(folder)
         meta = unfinished(folder, partial, recipe, documents)
         try:
             needed = tokenizer.dtype.itemsize * ((tokens or 0) - meta["train_tokens"])
@@ -621,25 +633,40 @@ def prepare(source, folder, tokenizer, config=None, tokens=None):
         except BaseException as error:
             raise with_progress(error, folder, partial) from error.__cause__
     print(f"prepared {folder} | {meta['train_tokens']:,} training and {meta['val_tokens']:,} "
-          f"held-out tokens of {meta['documents']:,} documents | {tokenizer.name} tokenizer, "
+          f"validation tokens of {meta['documents']:,} documents | {tokenizer.name} tokenizer, "
           f"vocabulary {tokenizer.vocab_size:,}\n{what_was_read(documents, meta)}")
     return meta
 
 
 @contextlib.contextmanager
-def locked(folder):
-    """No other process prepares `folder` meanwhile. If this one is killed, the system unlocks."""
+def locked(folder, wait=False):
+    """No other process writes `folder` meanwhile. If this one is killed, the system unlocks.
+
+    If another process does, this one waits for it, or without `wait` raises UsageError.
+    """
     path = folder.with_name(f".{folder.name}.lock")
-    lock = filelock.FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise UsageError(f"another process is preparing {folder}: wait for it") from None
+    busy = f"another process is at work on {folder}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    acquired = False
+    while not acquired:
+        file = open(path, "a", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                file.close()
+                raise UsageError(f"{busy}: wait for it, or choose another --out") from None
+            print(f"{busy}: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        # The one before has removed the file, and perhaps a third one has made it again.
+        acquired = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        if not acquired:
+            file.close()
     try:
         yield
     finally:
-        path.unlink()               # before the release: after it another process may lock it
-        lock.release()
+        path.unlink(missing_ok=True)    # before the release: after it another process may lock it
+        file.close()
 
 
 def unfinished(folder, partial, recipe, documents):
@@ -652,7 +679,8 @@ def unfinished(folder, partial, recipe, documents):
         shutil.rmtree(partial, ignore_errors=True)      # shards that no meta.json counts
         return recipe | {"times": documents.times, "documents": 0, "train_tokens": 0,
                          "val_tokens": 0, "train": {}, "val": {}, "place": None}
-    meta = json.loads(file.read_text("utf-8"))
+    meta = read_json(file, f"delete {partial} to start over")
+    check_meta(file, meta, f"delete {partial} to start over")
     for key, want in recipe.items():
         if meta[key] != want:
             raise UsageError(f"{partial} is unfinished and of another recipe ({key} was "
@@ -708,7 +736,7 @@ def write_shards(documents, partial, tokenizer, meta):
                 saved = time.perf_counter()
     if not meta["train_tokens"] or not meta["val_tokens"]:
         raise UsageError(f"{documents.source} is too short: {meta['train_tokens']:,} training and "
-                         f"{meta['val_tokens']:,} held-out tokens | "
+                         f"{meta['val_tokens']:,} validation tokens | "
                          f"{what_was_read(documents, meta)}")
     meta.pop("place", None)
     save(partial, meta, unsaved)
@@ -717,8 +745,8 @@ def write_shards(documents, partial, tokenizer, meta):
 def parts_of(pieces, eot):
     """Split each long document: otherwise all of it would be for training, or for validation.
 
-    Into 25 parts or more, so that write_shards holds out about one of them, which is HELD_OUT. A
-    long text file was split by read_text already.
+    Into 25 parts or more, so that about one of them, a share of HELD_OUT, goes to val.bin. What has
+    no `eot` at its end is a part already, of a text file that read_text has cut.
     """
     for ids in pieces:
         parts = 1
@@ -733,11 +761,7 @@ def save(partial, meta, unsaved):
         if pieces:
             append(partial, split, np.concatenate(pieces), meta[split])
             pieces.clear()
-    with open(partial / "meta.tmp", "w", encoding="utf-8") as file:
-        file.write(json.dumps(meta, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())                             # on the disk, not only in its cache
-    os.replace(partial / "meta.tmp", partial / "meta.json")     # at once: nobody reads half of it
+    write_json(partial / "meta.json", meta)
 
 
 def append(folder, split, ids, shards):
@@ -832,13 +856,18 @@ class Tokens:
         if "place" in self.meta:
             raise UsageError(f"{folder} is unfinished: run prepare.py again as before")
         self.shards = []
-        for name, shard in self.meta[split].items():
+        prepare_again = f"delete {folder} and prepare it again"
+        for name, shard in progress_bar(self.meta[split].items(), f"check {folder}"):
             path = folder / name
-            data = np.memmap(path, mode="r") if path.exists() and path.stat().st_size else b""
-            if zlib.crc32(data) != shard["crc32"]:
-                raise UsageError(f"{path} is damaged, its checksum is not the one in meta.json: "
-                                 f"delete {folder} and prepare it again")
-            self.shards.append(data.view(self.meta["dtype"]))               # (tokens,)
+            with damage_in_one_line(path, prepare_again):
+                data = np.memmap(path, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+                if zlib.crc32(data) != shard["crc32"]:
+                    raise ValueError("its checksum is not the one in meta.json")
+                ids = data.view(self.meta["dtype"])                         # (tokens,)
+                if len(ids) and ids.max() >= self.meta["vocab_size"]:
+                    raise ValueError(f"it has the id {ids.max():,}, and meta.json a vocabulary of "
+                                     f"{self.meta['vocab_size']:,}")
+            self.shards.append(ids)
         self.fingerprint = [shard["crc32"] for shard in self.meta[split].values()]
         self.order = functools.lru_cache(maxsize=1)(            # of this epoch alone
             lambda epoch, count: np.random.default_rng((seed, epoch)).permutation(count))
@@ -954,7 +983,7 @@ def load_or_prepare(source, tokenizer, config=None, tokens=None):
     folder = data_folder(source, tokenizer)
     if not folder.exists():
         local = source == "stdlib" or Path(source).expanduser().exists()
-        prepare(source, folder, tokenizer, config, None if local else tokens)
+        prepare(source, folder, tokenizer, config, None if local else tokens, wait=True)
     meta = Tokens(folder, "val").meta
     if meta["fingerprint"] != tokenizer.fingerprint:
         raise UsageError(f"{folder} holds {meta['tokenizer']} tokens of a "
@@ -984,6 +1013,7 @@ def same_source(meta, source, config):
 
 
 def with_config(source, config):
+    """As a user would write it"""
     return f"{source} --config {config}" if config else source
 
 
@@ -997,12 +1027,38 @@ def data_folder(source, tokenizer):
 
 
 def read_meta(folder):
-    """-> meta.json of a folder that prepare() wrote; {} of another folder, whatever it has"""
-    try:
-        meta = json.loads((folder / "meta.json").read_text("utf-8"))
-    except (OSError, ValueError):               # no such file, or no JSON
+    """-> meta.json of a folder that prepare() wrote; {} of another folder, whatever it has
+
+    A folder is prepare()'s if shards lie beside its meta.json: then UsageError if that is damaged.
+    """
+    path, again = folder / "meta.json", f"delete {folder} and prepare it again"
+    if not path.is_file():
         return {}
-    return meta if isinstance(meta, dict) and {"dtype", "train"} <= meta.keys() else {}
+    if not (folder / "val.bin").exists() and not any(folder.glob("train_*.bin")):
+        return {}                               # a folder of text, with a meta.json of its own
+    meta = read_json(path, again)
+    check_meta(path, meta, again)
+    return meta
+
+
+def check_meta(path, meta, again):
+    """UsageError if `meta`, read from `path`, is not as prepare() writes it"""
+    with damage_in_one_line(path, again):
+        if meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"its dtype is {str(meta['dtype'])[:40]}, not uint16 or uint32")
+        numbers = [meta[key] for key in ("vocab_size", "eot", "train_tokens", "val_tokens")]
+        for split, names in (("train", r"train_\d{5}\.bin"), ("val", r"val(_\d{5})?\.bin")):
+            for name, shard in meta[split].items():
+                if not re.fullmatch(names, name):
+                    raise ValueError(f"it has a shard {name[:40]!r}")
+                numbers += [shard["tokens"], shard["crc32"]]
+        if not all(isinstance(n, int) and 0 <= n < 2**48 for n in numbers):
+            raise ValueError("some of its counts are no counts")
+        texts = [meta[key] for key in ("source", "tokenizer", "fingerprint")]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("it does not name its source and its tokenizer")
+        if missing := {"config", "files", "budget"} - meta.keys():
+            raise ValueError(f"it has no {', '.join(missing)}")
 
 
 def last_name(name):
@@ -1035,11 +1091,12 @@ def count(text, least=0):
 
 
 def at_least_one(text):
+    """As count; budgets and sizes of 0 mean nothing"""
     return count(text, least=1)
 
 
 def not_negative(text, most=1e38):
-    """A number, and of a size that fp32 has: nan would pass every comparison."""
+    """A number, and of a size that fp32 has. nan is none: no later comparison would find it."""
     value = float(text)
     if not 0 <= value <= most:
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to {most}")
@@ -1056,9 +1113,24 @@ def fraction(text):
     return not_negative(text, most=1)
 
 
+def temperature(text):
+    """Not near 0, where logits divided by it overflow: greedy choice has a flag value of its own"""
+    value = not_negative(text, most=100)
+    if value < 0.01:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0.01 to 100")
+    return value
+
+
+def nonempty(text):
+    """A path or an id, which is not empty"""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
 def source_of_text(text):
     """--data in one spelling: a path is relative where it is within this folder, else absolute."""
-    path = Path(text).expanduser()
+    path = Path(nonempty(text)).expanduser()
     if text == "stdlib" or not os.path.exists(path):
         return text
     # abspath() would take a `..` after a link for the folder that has the link.
@@ -1079,25 +1151,54 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (python {self.prog} -h lists the flags)")
 
 
+# Ctrl-C raises KeyboardInterrupt. SIGTERM, by which clusters stop a program, would end it
+# without a word (outside of training steps, where distill.py saves first).
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a program as Ctrl-C does"""
+
+
+def terminate(number, frame):
+    raise Terminated
+
+
+def close_bars():
+    """Progress bars that are still open end, so that an error has a line of its own."""
+    for bar in list(tqdm._instances):
+        bar.close()
+
+
 def run_program(main):
     """main(), where a mistake that the user can mend is one line and exit code 2.
 
-    A terminal that has no such character shows a question mark. Where the output's reader is gone,
-    as behind `| head`, the program ends as others do, silently and with 128 + SIGPIPE.
+    A character that the terminal's encoding lacks is printed as a question mark. Where the reader
+    of the output is gone, as behind `| head`, the program ends as others do, silently and with
+    128 + SIGPIPE.
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):       # None: closed by `>&-`
         stream.reconfigure(errors="replace")
+    signal.signal(signal.SIGTERM, terminate)
+    prints = os.environ.get("RANK", "0") == "0"             # one of several processes
     code = 0
     try:
         try:
             main()
         except UsageError as error:
             code = 2
-            if os.environ.get("RANK", "0") == "0":          # of several processes one prints it
+            close_bars()
+            if prints:
                 print(f"error: {error}", file=sys.stderr)
+        except BrokenPipeError:
+            raise
+        except OSError as error:            # a full disk, a folder that may not be written
+            code = 2
+            close_bars()
+            if prints:
+                print(f"error: {first_line(error)}; what was saved is kept", file=sys.stderr)
         except KeyboardInterrupt as stop:
-            code = 130
-            print(f"\nstopped{stop or '; what was saved is kept'}", file=sys.stderr)
+            code = 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+            if prints:
+                print(f"\nstopped{str(stop) or '; what was saved is kept'}", file=sys.stderr)
         finally:
             print(end="", flush=True)       # what is still buffered meets the broken pipe here
     except BrokenPipeError:
@@ -1113,9 +1214,9 @@ def parse(arguments=None):
     add("--data", type=source_of_text, default="stdlib", help="stdlib, a file or folder, or a "
         "Hugging Face id [stdlib]")
     add("--config", help="which part of a Hugging Face data set, such as en for C4")
-    add("--teacher", default="tiny", help="whose tokenizer to use [%(default)s]")
+    add("--teacher", type=nonempty, default="tiny", help="whose tokenizer to use [%(default)s]")
     add("--tokens", type=at_least_one, help="stop after this many training tokens [all there are]")
-    add("--out", help="folder to write [data/<data>-<tokenizer>]")
+    add("--out", type=nonempty, help="folder to write [data/<data>-<tokenizer>]")
     return parser.parse_args(arguments)
 
 
