@@ -7,7 +7,8 @@ Run:  python eval.py out/tiny                          # tables for the last sta
       python eval.py --speed --random microsoft/phi-1_5 --contexts 512     # no weights needed
       python eval.py goombalab/Phi-Mamba               # the published weights, or any model folder
 
-Three distances for each layer. 0% is the teacher itself:
+Three distances for each layer, as mean || error || / mean || reference ||: Frobenius norms of each
+head's matrix, L2 norms at each position. 0% is the teacher itself:
 
     matrix    || attention matrix - the student's mixing matrix || / || attention matrix ||, given
               the teacher's input u: what stage 1 minimises
@@ -28,7 +29,6 @@ import contextlib
 import ctypes
 import gc
 import itertools
-import json
 import math
 import random
 import re
@@ -41,16 +41,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model_ssm import SSM, UsageError, capture_graph
+from model_ssm import (SSM, UsageError, capture_graph, damage_in_one_line, progress_bar, read_json,
+                       write_json)
 from model_teacher import Teacher, hf_config
-from prepare import Parser, Tokenizer, at_least_one, count, open_data, run_program, source_of_text
+from prepare import (Parser, Tokenizer, at_least_one, count, nonempty, not_negative, open_data,
+                     run_program, source_of_text, temperature)
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. There and back again. "
 LOGITS_AT_ONCE = 2**23      # elements of a (tokens, V) tensor: 32 MB in fp32
 
 
 # -----------------------------------------------------------------------------
-# How close: predictions, and layer by layer. Windows are (n, L + 1) held-out tokens: the first L go
+# How close: predictions, and layer by layer. Windows (n, L + 1) are validation text: the first L go
 # in, the last L are the tokens to predict.
 
 @torch.no_grad()
@@ -65,7 +67,7 @@ def compare(model, teacher, windows):
     L = windows.shape[1] - 1
     B = max(1, LOGITS_AT_ONCE // (L * teacher.config.vocab_size))
     total = torch.zeros(3, dtype=torch.float64)                         # loss, KL, top-1
-    for tokens in windows.split(B):
+    for tokens in progress_bar(windows.split(B), "evaluate"):
         tokens = tokens.to(device)                                      # (B, L + 1)
         target = tokens[:, 1:].flatten()                                # (B L)
         logp = log_probabilities(model, tokens[:, :-1])                 # (B L, V)
@@ -76,6 +78,9 @@ def compare(model, teacher, windows):
                               F.kl_div(logp, teacher_logp, reduction="sum", log_target=True),
                               (logp.argmax(-1) == teacher_logp.argmax(-1)).sum()]).double().cpu()
     loss, kl, top1 = (total / windows[:, 1:].numel()).tolist()
+    if not math.isfinite(loss + kl):
+        raise UsageError(f"validation loss {loss}, KL to the teacher {kl}: the weights of one of "
+                         "the two models are damaged, or its numbers overflow")
     return {"loss": loss, "kl": kl, "top1": top1}
 
 
@@ -93,7 +98,8 @@ def layer_distances(student, teacher, tokens):
     rows = []
     outputs = student.outputs(tokens)                                   # (B, L, D) of each layer
     teacher_outputs = teacher.outputs(tokens)
-    for i, u in teacher.inputs(tokens):                                 # u (B, L, D)
+    layers = progress_bar(teacher.inputs(tokens), "compare layers", len(teacher.layers))
+    for i, u in layers:                                                 # u (B, L, D)
         row = {"matrix": None, "block": None}
         if i in student.ssm_layers:
             # the means of || attention - M || and of || attention ||, M = student.matrix(i, u)
@@ -125,7 +131,8 @@ def by_position(student, teacher, windows):
     B = max(1, 2**13 // L)
     T = max(1, LOGITS_AT_ONCE // teacher.config.vocab_size)
     scores = []
-    for tokens in windows.to(device).split(B):                          # (B, L + 1)
+    batches = windows.to(device).split(B)
+    for tokens in progress_bar(batches, "evaluate by position"):        # (B, L + 1)
         teacher_h = teacher.hidden(tokens[:, :-1]).flatten(0, 1)        # (B L, D)
         h = student.hidden(tokens[:, :-1]).flatten(0, 1)                # (B L, D)
         target = tokens[:, 1:].flatten()                                # (B L)
@@ -200,7 +207,7 @@ def retrieval(model, texts, device):
     probability: the geometric mean of what the model gives these tokens
     """
     right, target_logp = [], []
-    for text, n in texts:
+    for text, n in progress_bar(texts, "look for keys"):
         text = text.to(device)                                          # (L)
         h = model.hidden(text[None, :-1])[0, -n:]                       # (n, D)
         logp = model.head(h).float().log_softmax(-1)                    # (n, V)
@@ -254,7 +261,7 @@ def show_tables(run):
 
 
 def longest_windows(run):
-    """Windows of 4 times run.context, or of 2 or 1 where the held-out text is too short for more"""
+    """Windows of 4 times run.context, or of 2 or 1 where the validation text is too short"""
     for times in (4, 2):
         with contextlib.suppress(UsageError):
             return run.windows(times * run.context)
@@ -262,7 +269,8 @@ def longest_windows(run):
 
 
 def show_predictions(run, windows):
-    print(f"\non {windows[:, 1:].numel():,} held-out tokens in windows of {run.context}, in fp32:")
+    n = windows[:, 1:].numel()
+    print(f"\non {n:,} validation tokens in windows of {run.context}, in fp32:")
     rows = []
     for name, model in run.models().items():
         x = compare(model, run.teacher, windows)
@@ -298,10 +306,11 @@ def show_perplexity(run, text):
 
 def show_by_position(run, text):
     """Attention gains from each further token of context; a state that forgets stops gaining."""
-    print(f"\nby the tokens of context there are, in nats (training had up to {run.context}):")
+    print("\nby the number of tokens before a prediction, in nats "
+          f"(training had up to {run.args.context}):")
     scores = by_position(run.student, run.teacher, text).double()       # (4, n, L)
     beyond = range(2 * run.context, text.shape[1], 2 * run.context)     # 2 and 4 times the context
-    edges = sorted({0, *run.lengths(), *beyond})
+    edges = sorted({0, *run.lengths(), *beyond})        # 0, context / 8, / 4, / 2, context, ...
     rows = []
     for i, j in itertools.pairwise(edges):
         *losses, same = scores[:, :, i:j].mean((1, 2)).tolist()
@@ -311,8 +320,8 @@ def show_by_position(run, text):
 
 def show_retrieval(run):
     """For each distance and model: what retrieval() finds of 16 pass keys, see pass_keys"""
-    print("\npass key: a number of five digits, filler, then the question; of its tokens, the "
-          "share that\nis the first choice, and their mean probability (16 keys):")
+    print("\npass key: the text names a number of five digits, goes on, and asks for it. The share "
+          "of its tokens\nthat are the first choice, and their mean probability (16 keys):")
     rows = []
     for distance in (*run.lengths(), 2 * run.context, 4 * run.context):
         keys = pass_keys(run.tokenizer, distance, 16)
@@ -326,8 +335,8 @@ def show_retrieval(run):
 def show_agreement(run, prompts):
     """How long both models write the same text, after prompts of three lengths: see agreement"""
     n = 64
-    print(f"\nafter each of {len(prompts)} prompts {n} tokens by each model alone, always the "
-          "likeliest; how many\nuntil they differ, and the share of places where they are equal:")
+    print(f"\nboth models continue {len(prompts)} prompts by {n} tokens, always the likeliest: how "
+          "many tokens until\nthey differ, and the share of positions where they are equal:")
     rows = []
     for length in sorted({max(1, run.context // part) for part in (8, 2, 1)}):
         until, equal = agreement(run.student, run.teacher, prompts[:, :length], n)      # (B) each
@@ -389,7 +398,8 @@ def pace(model, context, batch, device, steps=64):
     for _ in range(steps):
         timed(step, (token,), device, decode)
     module = model if isinstance(model, SSM) else model.model
-    # The weights were there before the reset, so they are in `before`: count them once.
+    # `before` is what was in use at the reset: the weights, and on a CPU all of Python. Take it
+    # off, and add the weights alone.
     weights = sum(x.nbytes for x in module.parameters())
     peak = peak_memory(device) - before + weights
     prefill = statistics.median(prefill)
@@ -420,7 +430,8 @@ def fastest(model, contexts, batches, device):
     """-> {context: pace's row for the batch size that decodes fastest}, for contexts that fit"""
     pace(model, min(contexts), 1, device, steps=3)              # warm-up: compiles, chooses kernels
     best = {}
-    for batch, context in itertools.product(sorted(batches), sorted(contexts)):
+    cells = list(itertools.product(sorted(batches), sorted(contexts)))
+    for batch, context in progress_bar(cells, "measure"):
         try:
             row = pace(model, context, batch, device)
         except torch.OutOfMemoryError:
@@ -460,7 +471,7 @@ def show_speed(args):
           "peak MB"], *rows)
     if not args.random and (folder / "run.json").is_file():
         found = {"title": title} | {model: list(best.values()) for model, best in speeds.items()}
-        (folder / "speed.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+        write_json(folder / "speed.json", found)
 
 
 # -----------------------------------------------------------------------------
@@ -524,6 +535,7 @@ def wrapped(text, width):
 # no download (stdlib: the source code of Python's standard library)
 PUBLISHED = {"teacher": "microsoft/phi-1_5", "data": "stdlib", "config": None, "context": 2048,
              "eval_tokens": 2**19, "seed": 0}
+RUN_AGAIN = "run distill.py with --fresh to make it again, or give a stage's folder and --teacher"
 
 
 def open_run(path, stage=None):
@@ -552,7 +564,14 @@ def open_run(path, stage=None):
     if not chosen.is_dir():
         finished = ", ".join(s.name for s in stages) or "no finished stage"
         raise UsageError(f"there is no {chosen}: {run} has {finished}")
-    about = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    about = read_json(run / "run.json", RUN_AGAIN)
+    with damage_in_one_line(run / "run.json", RUN_AGAIN):
+        for name, value in PUBLISHED.items():
+            found = about["arguments"][name]
+            if not isinstance(found, str | None if value is None else type(value)):
+                raise ValueError(f"its argument {name} is {str(found)[:40]}")
+        if not isinstance(about["teacher"], str) or not isinstance(about["data"], str):
+            raise ValueError("its teacher or its data has no name")
     return about, run, chosen
 
 
@@ -574,9 +593,15 @@ class EvaluatedRun:
             raise UsageError(
                 f"the student has {self.student.config.vocab_size:,} tokens, its teacher {name} "
                 f"{self.teacher.config.vocab_size:,}: they cannot be compared")
+        before = self.student.about.get("teacher_fingerprint")
+        if before and not self.teacher.has_fingerprint(before):
+            if not flags.teacher:
+                raise UsageError(f"{self.stage} was distilled from other weights than {name} has "
+                                 "now: give --teacher where its teacher lies")
+            print(f"{name} is not the teacher that {self.stage} was distilled from")
         self.args = self._arguments(flags, about)
         self.context = flags.context or self.args.context
-        self.tokenizer = Tokenizer(self.args.teacher)
+        self.tokenizer = Tokenizer(self.args.teacher)       # what the teacher was called, or is now
         self.tokenizer.check_rows(self.teacher.config.vocab_size)   # an embedding for each id?
 
     @staticmethod
@@ -608,7 +633,7 @@ class EvaluatedRun:
         return open_data(args, self.tokenizer)[1]
 
     def calibration_tokens(self):
-        """The tokens (8, L) that the mixers' initial weights were fitted on, if `init` fits them"""
+        """The tokens (8, L) on which distill.py --init fit has fitted the mixers"""
         data = open_data(self.args, self.tokenizer)[0]
         return data.batch(0, 8, self.args.context)[:, :-1].to(self.device)
 
@@ -654,22 +679,27 @@ def add_run_flags(add, **optional):
     """
     add("run", **optional, help="a run or stage folder, another model folder, or a hub id")
     add("--stage", type=int, choices=(1, 2, 3), help="which student of the run [the last]")
-    add("--teacher", help="another name for the run's teacher, if it has moved")
+    add("--teacher", type=nonempty, help="another name for the run's teacher, if it has moved")
     add("--context", type=at_least_one, help="tokens per window [as in training]")
-    add("--eval_tokens", type=at_least_one, help="held-out tokens to read [as in training]")
+    add("--eval_tokens", type=at_least_one, help="validation tokens to read [as in training]")
     add("--data", type=source_of_text, help="another text; a hub data set is read as a stream "
         "[the run's; without a run stdlib]")
     add("--config", help="which part of a Hugging Face data set")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="[auto]")
 
 
+def zero_or_temperature(text):
+    """0 is greedy; what is nearer to 0 than 0.01 would overflow"""
+    return 0.0 if not_negative(text) == 0 else temperature(text)
+
+
 def parse(arguments=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add_run_flags(add, nargs="?")
-    add("--prompt", help="both models continue this, instead of the tables [after them: 'def ']")
+    add("--prompt", help="no tables: both models continue this [the tables, then 'def ']")
     add("--length", type=at_least_one, default=300, help="tokens to generate [%(default)s]")
-    add("--temperature", type=float, default=0.7, help="0 is greedy [%(default)s]")
+    add("--temperature", type=zero_or_temperature, default=0.7, help="0 is greedy [%(default)s]")
     add("--top_k", type=at_least_one, help="sample from so many likeliest tokens [all]")
     add("--seed", type=count, default=0, help="of the sampling [%(default)s]")
     add("--speed", action="store_true", help="tokens/s and memory by context, instead")
@@ -680,11 +710,9 @@ def parse(arguments=None):
         help="with --speed: each is tried, the best is shown [1]")
     args = parser.parse_args(arguments)
     if args.random and not args.speed:
-        raise UsageError("--random measures --speed: nothing else can be asked of random weights")
+        raise UsageError("--random measures --speed: random weights have no other results")
     if bool(args.run) == bool(args.random):
         raise UsageError("give a run folder such as out/tiny, or --speed --random NAME, not both")
-    if not 0 <= args.temperature < math.inf:
-        raise UsageError(f"--temperature {args.temperature}: give 0, for greedy, or more")
     return args
 
 
