@@ -5,11 +5,11 @@ Run:  python distill.py --preset tiny                  # all of it, small: minut
       python distill.py --preset smollm2 --data ~/texts            # a real teacher, your own text
       torchrun --nproc_per_node=8 distill.py           # on eight GPUs; --fsdp shards both models
 
-Three stages, one idea. Feed the student X, put the same question to both models, shrink the
+Three stages, one idea. Feed both models the same, put the same question to both, shrink the
 distance between the answers:
 
     stage  both are fed    the question          an answer is   distance         trained
-      1    u, for every i  model.matrix(i, u)    (B, H, L, L)   Frobenius        mixers: q, k, decay
+      1    u, for every i  model.matrix(i, u)    (B, H, L, L)   Frobenius        mixers: q, k, a, D
       2    u, for every i  model.block(i, u)     (B, L, D)      L2 per position  mixers
       3    the tokens      model.logits(tokens)  (B, L, V)      KL               everything
 
@@ -36,8 +36,8 @@ import atexit
 import contextlib
 import datetime
 import functools
-import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -53,12 +53,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import filelock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -69,10 +67,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from eval import choose_device, compare
-from model_ssm import INITS, SSM, Config, UsageError
+from model_ssm import (INITS, SSM, WRITTEN_AGAIN, Config, UsageError, check_folder,
+                       damage_in_one_line, delete, file_checksum, first_line, flush, read_json,
+                       write_json, write_file)
 from model_teacher import TINY, TINY_BATCH, TINY_CONTEXT, Teacher, hf_config, train_tiny
-from prepare import (Parser, Tokenizer, at_least_one, count, fraction, not_negative, open_data,
-                     positive, run_program, source_of_text)
+from prepare import (Parser, Tokenizer, at_least_one, count, fraction, locked, nonempty,
+                     not_negative, open_data, positive, run_program, source_of_text, temperature)
 from ssd_kernel import chunk_length, ssd_path
 
 LOGITS_AT_ONCE = 2**26      # entries of a (tokens, V) map that stage 3 makes at once, in fp32
@@ -80,7 +80,8 @@ LOGITS_AT_ONCE = 2**26      # entries of a (tokens, V) map that stage 3 makes at
 
 # -----------------------------------------------------------------------------
 # The three losses. Each is a generator, so that one layer's graph is freed before the next layer's
-# is built. It yields (loss, relative): relative is the distance as a share of the teacher's own
+# is built. Layers share no trained weight, so the gradient is that of their sum; the log has their
+# mean. Each yields (loss, relative): relative is the distance as a share of the teacher's own
 # answer. 0 is the teacher itself; 1 is a mixing matrix of zeros in stage 1, a block that returns
 # its input in stage 2, the uniform distribution in stage 3.
 
@@ -88,9 +89,12 @@ def matrix_orientation(student, teacher, tokens):
     """matrix orientation: given the teacher's input, each mixer's matrix is its attention matrix
 
     || softmax(q_t k_t^T scale) - (M + D I) ||_F, the mean over batch and heads, where the student's
-    M[i,j] = (q_i . k_j) e^(a_(j+1) + ... + a_i). Both say who looks at whom; v is in neither.
+    M[i,j] = (q_i . k_j) e^(a_(j+1) + ... + a_i) for j <= i. Both say who looks at whom; v is in
+    neither. D is the mixer's skip, one number per head; a <= 0 is the log of its decay.
     """
     for i, u in teacher.inputs(tokens, only=student.ssm_layers):        # u (B, L, D)
+        # factors: q_t, k_t and scale. distance and size: the mean norms of the difference and of
+        # the teacher's matrix, made in tiles.
         distance, size = student.orientation(i, u, *teacher.factors(i, u))      # scalars
         yield distance, distance.detach() / size
 
@@ -138,7 +142,9 @@ def distillation_sums(student, teacher, h, h_t, next_token, temperature, hard):
     KL(teacher || student), the teacher's entropy, KL(teacher || uniform), at this temperature; and
     if `hard` the next token's -log probability, at temperature 1.
     """
-    with torch.autocast(h.device.type, enabled=False):      # logits in bf16 are off by percents
+    # The student's logits are in fp32, because in bf16 they are off by percents. The teacher's head
+    # computes in the dtype of its weights.
+    with torch.autocast(h.device.type, enabled=False):
         logits = student.head(h.float())                                # (n, V)
         logits_t = teacher.head(h_t).float()                            # (n, V)
         hard_loss = torch.zeros(())
@@ -173,9 +179,9 @@ STAGES = {
     3: Stage(knowledge_distillation, ("",)),            # "" is part of every name
 }
 
-# Tokens are split over the stages by `shares`. batch counts tokens, too; micro_batch is the most
-# windows at once. One value for each stage, or one for all. warmup and decay are shares of a
-# stage's steps.
+# Tokens are split over the stages by `shares`. A window is `context` tokens. batch counts tokens,
+# too; micro_batch is the most windows at once. One value for each stage, or one for all. warmup and
+# decay are shares of a stage's steps.
 PRESETS = {
     # the paper's own recipe
     "phi": dict(
@@ -190,7 +196,7 @@ PRESETS = {
     # everything in minutes, with no download
     "tiny": dict(
         teacher="tiny", data="stdlib", config=None, context=256, micro_batch=8,
-        tokens=1.2e6, shares=(1, 6, 17), batch=(256,), eval_tokens=2**17,
+        tokens=0.96e6, shares=(1, 6, 17), batch=(256,), eval_tokens=2**16,
         init="fit", lr=(2e-3, 4e-3, 1e-3), warmup=0.1, decay=0.7),
 }
 RECIPE = ("init", "shares", "lr", "warmup", "decay")    # what --recipe takes from another preset
@@ -202,31 +208,39 @@ RECIPE = ("init", "shares", "lr", "warmup", "decay")    # what --recipe takes fr
 def main(arguments=None):
     """Data, teacher, student, then stage after stage. What was stopped goes on where it was."""
     args = parse(arguments)
-    if is_finished(args):
-        return show_finished(args)
-    run = Run(args)
+    with lock(run_folder(args)):            # from here on no other process writes to it
+        finished = find_finished(args)
+        if finished == args.stage:
+            return show_finished(args)
+        distill(Run(args), finished)
+
+
+def distill(run, finished):
+    """The run of `main`, in a folder in which the stages in `finished` are done already."""
+    args, checkpoints = run.args, run.checkpoints
     student_config(args)                    # a teacher no student can copy is refused at once
     tokenizer = Tokenizer(args.teacher)
     with rank_0_first(run):
         data, windows, data_name = open_data(args, tokenizer, run.budget)
-        if args.teacher == "tiny" and not TINY.exists():
+        if args.teacher == "tiny":
             make_tiny_teacher(run, tokenizer)
     teacher = load_teacher(run, tokenizer, data, data_name)
-    checkpoints = run.checkpoints
-    checkpoints.find_unfinished(recipe_of(args, teacher, data), args.fresh)
+    # Sets checkpoints.finished and, if a run was stopped here, checkpoints.rows.
+    checkpoints.find_unfinished(recipe_of(args, teacher, data), finished, args.fresh, teacher)
+    run.description = describe(args, teacher, data_name, run.world)
     barrier()                               # all have looked before rank 0 changes anything
     # Training data on which --init fit makes the mixers' matrices as near to attention as they get
     calibration_tokens = data.batch(0, 8, args.context)[:, :-1].to(run.device)      # (8, L)
 
     todo = [stage for stage in args.stage if stage not in checkpoints.finished]
     for stage in checkpoints.finished:
+        check_folder(run.folder / f"stage{stage}")
         print(f"stage {stage} | was finished before: {run.folder}/stage{stage}")
     for stage in todo:
         student, about = load_or_init_student(run, stage, teacher, calibration_tokens)
         if stage == todo[0]:                # every refusal is behind us: files may change now
-            run.lock()
-            if not checkpoints.rows:
-                run.reset(teacher, data_name)
+            if not checkpoints.rows:        # not even the teacher's: a new run
+                run.reset()
                 checkpoints.record(teacher=compare(teacher, teacher, windows))
             compile_and_shard(teacher, shard_teacher, args)
         student.to(run.device)
@@ -236,8 +250,6 @@ def main(arguments=None):
         if about["tokens"] == 0 and "copied" not in checkpoints.rows:
             checkpoints.record(copied=compare(student, teacher, windows) | about)
         run_stage(run, stage, student, about, teacher, data, windows)
-    if not todo:
-        run.lock()
     finish(run)
 
 
@@ -254,6 +266,9 @@ def run_stage(run, number, student, about, teacher, data, windows):
         # Each stage reads on in the data where the one before stopped.
         seconds = train(run, name, stage, student, teacher, data,
                         about["tokens"] // run.args.context, budget)
+        steps = budget.tokens // budget.batch
+        if run.mean([bool(run.stop)])[0]:   # a signal came while the last state was saved
+            stop_now(name, steps, steps, run.stop or signal.SIGTERM)
     row = compare(student, teacher, windows) | {
         "tokens": about["tokens"] + budget.tokens // budget.batch * budget.batch,   # full batches
         "seconds": about["seconds"] + seconds}
@@ -261,7 +276,8 @@ def run_stage(run, number, student, about, teacher, data, windows):
     student = gather_student(student)
     if run.rank == 0:
         student.save_pretrained(folder, stage=number, teacher=teacher.name,
-                                teacher_fingerprint=teacher.fingerprint, **row)
+                                teacher_fingerprint=teacher.fingerprint, **row,
+                                recipe=recipe_of_stage(run.checkpoints.recipe, number))
     run.checkpoints.record(number)          # last: a kill before it only repeats the save
     barrier()                               # no process reads the folder before it is complete
     print(f"{name} | saved {folder} | val loss {row['loss']:.4f} | KL {row['kl']:.4f} | top-1 "
@@ -280,7 +296,7 @@ def train(run, name, stage, student, teacher, data, offset, budget):
     args = run.args
     B, L, world = budget.micro_batch, args.context, run.world
     params = choose_trainable(student, stage)                           # {name: parameter}
-    frozen_rows = find_frozen_rows(student, stage)                      # of in_proj
+    frozen_rows = find_frozen_rows(student, stage)      # of in_proj; a saved state has the same
     optimizer = make_optimizer(params, args)
     steps = budget.tokens // budget.batch
     accumulate = budget.batch // (B * L * world)                        # micro-batches in a step
@@ -304,7 +320,7 @@ def train(run, name, stage, student, teacher, data, offset, budget):
                 run.checkpoints.save_and_stop(name, step, steps, progress.seconds, student, params,
                                               optimizer, run.stop)
             first = offset + (micro * world + run.rank) * B
-            # Windows have L + 1 tokens for next-token losses. A distillation needs no targets.
+            # Windows have L + 1 tokens for next-token losses. Here the last has no next token.
             tokens = data.batch(first, B, L)[:, :-1].to(run.device)     # (B, L)
             last = micro + 1 == accumulate
             with run.autocast(stage), contextlib.nullcontext() if last else no_sync():
@@ -315,8 +331,8 @@ def train(run, name, stage, student, teacher, data, offset, budget):
         # A process that has to save or to stop makes all of them do so: any mean above 0 is true.
         save = step + 1 == steps or time.perf_counter() - progress.saved > 60 * args.save_minutes
         loss, relative, save, stop = run.mean([*torch.stack(losses).mean(0), save, bool(run.stop)])
-        if not math.isfinite(loss + gnorm):
-            raise UsageError(not_finite(name, step, offset, budget.batch // L, loss, gnorm))
+        if not math.isfinite(loss + relative + gnorm):
+            raise not_finite(name, step, offset, budget.batch // L, loss, relative, gnorm)
         optimizer.step()
         optimizer.zero_grad()
         for weight, rows, values in frozen_rows:        # undo weight decay where no gradient is
@@ -339,8 +355,10 @@ def train(run, name, stage, student, teacher, data, offset, budget):
 
 
 def load_teacher(run, tokenizer, data, data_name):
-    """The teacher, frozen, on its device and with only the layers that --n_layer needs
+    """The teacher, frozen, on its device
 
+    With --n_layer its .layers are the evenly spaced ones that the student copies and aligns with;
+    its predictions are still those of all its layers.
     UsageError if the data has ids that it has no embedding for: on a GPU such an id would end the
     run in the middle, with an assertion in some kernel.
     """
@@ -361,11 +379,17 @@ def load_teacher(run, tokenizer, data, data_name):
 
 
 def make_tiny_teacher(run, tokenizer):
-    """Train out/tiny-teacher, which all runs share: it does not depend on this run's seed."""
+    """Train out/tiny-teacher if it is not there. All runs share it, whatever their seed.
+
+    A run that comes while another one trains it waits, and takes what that one has made.
+    """
     args = argparse.Namespace(**vars(run.args) | {"seed": 0})
-    run.open_log({"teacher": 0})
-    train_tiny(open_data(args, tokenizer)[0], tokenizer, run.log, args.teacher_tokens, run.device,
-               run.autocast)
+    with locked(TINY, wait=True):
+        if TINY.exists():
+            return
+        run.open_log({"teacher": 0})
+        train_tiny(open_data(args, tokenizer)[0], tokenizer, run.log, args.teacher_tokens,
+                   run.device, run.autocast)
 
 
 def load_or_init_student(run, stage, teacher, calibration_tokens):
@@ -378,9 +402,9 @@ def load_or_init_student(run, stage, teacher, calibration_tokens):
     # With --stage 1 3, stage 3 goes on from stage 1; with --stage 3 alone, from stage 2's folder.
     previous = max((s for s in run.checkpoints.finished if s < stage), default=stage - 1)
     folder = run.folder / f"stage{previous}"
-    if folder.exists():
+    if folder.exists() or previous in run.checkpoints.finished:
         student = SSM.from_pretrained(folder)                   # every tensor, and no other
-        about = read_about(folder)
+        about = student.about
         if why := mismatch(student.config, about, teacher, args):
             raise UsageError(f"{folder} {why}")
         print(f"stage {stage} | from {folder} ({about['tokens']:,} tokens) | {student.loaded}")
@@ -407,7 +431,7 @@ def mismatch(config, about, teacher, args):
     config, about: of the student in the folder. Without these checks a student would go on with
     another teacher's targets, and its loss would not show it.
     """
-    if about.get("teacher_fingerprint") != teacher.fingerprint:
+    if not teacher.has_fingerprint(about.get("teacher_fingerprint")):
         return (f"was distilled from {about.get('teacher')}, whose weights are not those of "
                 f"{teacher.name}: choose another --out, or run the stages before it again")
     if config.n_layer != len(teacher.layers):
@@ -473,14 +497,17 @@ def finish(run):
         of_this_student = stage in args.stage or stage < args.stage[0]
         if of_this_student and (run.folder / f"stage{stage}").exists():
             rows[f"stage {stage}"] = read_about(run.folder / f"stage{stage}")
-    report(run, rows)
+    table = report(rows)
+    run.write_description(rows=rows)
+    write_file(run.folder / "report.md", table)
     shutil.rmtree(checkpoints.folder)
-    (run.folder / ".lock").unlink()
-    run.file_lock.release(force=True)
+    print(f"\n{table}\nval loss and KL to the teacher in nats per validation token; tokens and "
+          f"seconds count from the copy on; peak memory {run.memory() / 1e9:.1f} GB\n"
+          f"saved {run.folder}/report.md | next: python eval.py {run.folder}")
 
 
-def report(run, rows):
-    """The table that ends a run, on the screen and in report.md
+def report(rows):
+    """-> the table that ends a run
 
     rows: {name: what compare says of a model, and tokens and seconds spent on it if it has any}
     """
@@ -490,17 +517,12 @@ def report(run, rows):
         spent = f"{row['tokens']:13,} | {row['seconds']:7.0f}" if "tokens" in row else f"{'':13} | "
         table.append(f"| {name:<12} | {row['loss']:8.4f} | {math.exp(min(row['loss'], 20)):6.2f} | "
                      f"{row['kl']:6.4f} | {row['top1']:6.1%} | {spent:<23} |")
-    (run.folder / "report.md").write_text("\n".join(table) + "\n", encoding="utf-8")
-    print("\n" + "\n".join(table))
-    print("\nval loss and KL to the teacher in nats per validation token; tokens and seconds "
-          f"count from the copy on; peak memory {run.memory() / 1e9:.1f} GB\n"
-          f"saved {run.folder}/report.md | next: python eval.py {run.folder}")
+    return "\n".join(table) + "\n"
 
 
 def read_about(folder):
     """What run_stage wrote about a stage's student: its tokens, seconds, scores, teacher"""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config.get("about", {})
+    return read_json(folder / "config.json", WRITTEN_AGAIN).get("about", {})
 
 
 def first_line_of_doc(loss_fn):
@@ -631,14 +653,15 @@ def clip_gradients(params, limit):
     return full_tensor(norm).item()
 
 
-def not_finite(name, step, offset, windows, loss, gnorm):
-    """The message for a loss or gradient that is NaN or infinite: where it was, and what to do
+def not_finite(name, step, offset, windows, loss, relative, gnorm):
+    """-> UsageError for a loss or gradient that is NaN or infinite: where it was, what to do
 
     The run stops before the step, since AdamW would write a NaN into every weight and its moments.
     """
-    cure = "try a lower --lr" if step else "no weight has changed yet, so look at the teacher's"
-    return (f"{name} step {step + 1}, windows {offset} to {offset + windows - 1}: loss {loss}, "
-            f"gradient norm {gnorm}; these weights were not saved, {cure}")
+    cure = "try a lower --lr" if step else "no weight has changed in this stage yet: look at them"
+    return UsageError(f"{name} step {step + 1}, windows {offset} to {offset + windows - 1}: loss "
+                      f"{loss} (relative {relative}), gradient norm {gnorm}; these weights were "
+                      f"not saved, {cure}")
 
 
 def flops_per_token(config, hf, stage, L):
@@ -647,8 +670,8 @@ def flops_per_token(config, hf, stage, L):
     A weight costs 2 FLOPs forward (one product, one sum); 2 more where its own gradient is needed,
     2 more where its input's is. Causal attention looks at L / 2 keys on average, at 2 P FLOPs for
     scores and 2 P for values each; SSD in chunks of Q costs each head 2 Q (N + P) inside and 4 N P
-    through the state. mfu is this, times tokens/s, over the machine's peak. None for a loss that is
-    not in STAGES.
+    through the state. mfu is this, times tokens/s, over the machine's peak. None for what extras/
+    has, other losses and mixers. With --train mixer the backward counts as if all were trained.
     """
     kinds = {matrix_orientation: 1, hidden_state_alignment: 2, knowledge_distillation: 3}
     kind = kinds.get(getattr(stage.loss_fn, "func", stage.loss_fn))     # stage 3's is a partial
@@ -673,7 +696,7 @@ def flops_per_token(config, hf, stage, L):
     # Stages 1 and 2 need no layer of the teacher after the student's last SSM layer.
     runs = hf.num_hidden_layers if kind == 3 else max(ssm_layers, default=-1) + 1
     teacher = runs * (2 * (qkvo + mlp) + scores)
-    if kind == 1:       # orientation_loss makes four products of half a matrix, gradients included
+    if kind == 1:       # of half a matrix each: the teacher's q k^T, the student's, dq, dk
         student = n_ssm * (2 * in_proj + conv + H * L * (P + 3 * N))
         return teacher + student + n_ssm * (2 * in_proj + 2 * conv)
     block = 2 * (in_proj + out_proj + mlp) + conv + ssd
@@ -758,30 +781,22 @@ class Run:
         enabled = self.bf16 and (stage is None or stage.autocast)
         return torch.autocast(self.device, torch.bfloat16, enabled=enabled)
 
-    def lock(self):
-        """From here on no other process writes to this folder, until this one ends.
-
-        UsageError if one does already. The system frees the lock of a process that was killed.
-        """
-        if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.file_lock = filelock.FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
-            try:
-                self.file_lock.acquire()
-            except filelock.Timeout as error:
-                raise UsageError(f"another process is at work in {self.folder}: wait for it, "
-                                 "or choose another --out") from error
-
-    def reset(self, teacher, data_name):
+    def reset(self):
         """A new run: nothing of an old one may be taken for it.
 
-        Stage folders stay until they are replaced: --stage 3 starts from stage 2's.
+        So its stages go, but for those that are finished, and those before this run's first:
+        --stage 3 starts from stage 2's. Stage 3 goes before 2, and 2 before 1: if this is killed,
+        no stage is left without the one that it was made from.
         """
         if self.rank == 0:
-            shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
+            delete(self.folder / "report.md")
+            for stage in (3, 2, 1):
+                if stage >= self.args.stage[0] and stage not in self.checkpoints.finished:
+                    delete(self.folder / f"stage{stage}")
+            delete(self.checkpoints.folder)
             self.checkpoints.folder.mkdir(parents=True)
             self.open_log({f"stage {stage}": 0 for stage in self.args.stage})
-            self.write_description(teacher, data_name)
+            self.write_description()
         barrier()
 
     def memory(self):
@@ -804,42 +819,70 @@ class Run:
         """Reopen log.jsonl. Keep the first n steps of each stage in {stage: n}, and all of others.
 
         So stages that are run one by one share a log, and a step that is computed again after a
-        kill is not in it twice.
+        kill is not in it twice. Lines that cannot be read are left out, and counted.
         """
         if self.rank:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "log.jsonl"
-        old = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        self.file = open(path, "w", encoding="utf-8")
-        for line in old:
-            if line.endswith("\n"):                 # a kill may have cut the last one
-                event = json.loads(line)
-                if event["step"] <= steps.get(event["stage"], math.inf):
-                    self.file.write(line)
-        self.file.flush()
+        lines = [json.dumps(event) + "\n" for event in read_log(path)
+                 if event["step"] <= steps.get(event["stage"], math.inf)]
+        write_file(path, "".join(lines))
+        self.file = open(path, "ab", buffering=0)
 
     def log(self, event):
-        """One more line of log.jsonl, on the disk at once"""
+        """One more line of log.jsonl, written at once. UsageError if the disk is full."""
         if self.rank == 0:
-            self.file.write(json.dumps(event) + "\n")
-            self.file.flush()
+            line = json.dumps(event).encode() + b"\n"
+            try:
+                if self.file.write(line) < len(line):
+                    raise OSError("no space for a whole line")
+            except OSError as error:
+                raise UsageError(f"cannot write {self.folder}/log.jsonl: {first_line(error)}; make "
+                                 "room, and the same command goes on") from error
 
-    def write_description(self, teacher, data_name):
+    def write_description(self, **more):
         """run.json: enough to repeat the run, and for eval.py to find its teacher and data"""
+        self.description |= more
+        write_json(self.folder / "run.json", self.description)
+
+
+def read_log(path):
+    """-> the events of a log.jsonl, [] if it is not there; how many lines it lost is printed"""
+    events, unreadable = [], 0
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True,
-                                    cwd=Path(__file__).parent).stdout.decode("ascii").strip()
-        except OSError:                                 # no git on this machine
-            commit = ""
-        about = {"arguments": vars(self.args), "teacher": teacher.name,
-                 "teacher_fingerprint": teacher.fingerprint, "data": data_name,
-                 "processes": self.world, "commit": commit,
-                 "machine": platform.processor() or platform.machine(),
-                 "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                              "transformers": transformers.__version__}}
-        text = json.dumps(about, indent=1, default=vars) + "\n"         # vars: of the budgets
-        (self.folder / "run.json").write_text(text, encoding="utf-8")
+            event = json.loads(line)
+            events.append(event | {"stage": str(event["stage"]), "step": int(event["step"])})
+        except (ValueError, TypeError, KeyError):           # a kill may have cut the last one
+            unreadable += 1
+    if unreadable:
+        print(f"{path}: {unreadable:,} lines cannot be read, and are left out")
+    return events
+
+
+def describe(args, teacher, data_name, world):
+    """-> what run.json says of a run: its command, teacher and data, versions, machine"""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True,
+                                cwd=Path(__file__).parent).stdout.decode("ascii").strip()
+    except OSError:                                     # no git on this machine
+        commit = ""
+    return {"arguments": json.loads(json.dumps(vars(args), default=vars)),  # vars: of the budgets
+            "teacher": teacher.name, "teacher_fingerprint": teacher.fingerprint,
+            "data": data_name, "processes": world, "commit": commit,
+            "machine": platform.processor() or platform.machine(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "transformers": transformers.__version__}}
+
+
+def lock(folder):
+    """The context in which no other process writes to a run's folder; rank 0 holds it for all.
+
+    UsageError if another process does. What such a one left half written there is removed.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return contextlib.nullcontext()
+    return locked(folder)
 
 
 def run_folder(args):
@@ -847,28 +890,45 @@ def run_folder(args):
     return Path(args.out or f"out/{args.preset}")
 
 
-def is_finished(args):
-    """Was this very command, in all that decides the weights, run to its end in this folder?
+def find_finished(args):
+    """-> those of args.stage that this very command, in all that decides the weights, has finished
 
-    Looked up before anything is loaded. last/ is there while a run is unfinished, and only then.
+    Looked up before anything is loaded. last/ is there while a run is unfinished: then its run.json
+    says what is finished, and the answer here is []. UsageError if the folder has stages of another
+    recipe, or any but the finished ones that args.stage begins with: they would seem to be made of
+    what this command trains.
     """
     folder = run_folder(args)
-    needed = [folder / "run.json", folder / "report.md"]
-    needed += [folder / f"stage{stage}" for stage in args.stage]
-    if args.fresh or (folder / "last").exists() or not all(path.exists() for path in needed):
-        return False
-    about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    before = recipe_of_arguments(about["arguments"])
+    if args.fresh or (folder / "last" / "run.json").exists():
+        return []
     now = recipe_of_arguments(vars(args))
-    return not differences(before, now)
+    start_over = "choose another --out, or --fresh to start over"
+    there = [stage for stage in (1, 2, 3)
+             if stage >= args.stage[0] and (folder / f"stage{stage}").exists()]
+    for stage in there:
+        before = check_folder(folder / f"stage{stage}").get("recipe")
+        if before is None:                  # of an older version: all that is known is in run.json
+            about = read_json(folder / "run.json", start_over)
+            before = recipe_of_arguments(about["arguments"])
+        changed = differences(recipe_of_stage(before, stage), recipe_of_stage(now, stage))
+        if stage in args.stage and changed:
+            raise UsageError(f"{folder}/stage{stage} is of another recipe "
+                             f"({'; '.join(changed)}): {start_over}")
+    finished = list(itertools.takewhile(there.__contains__, args.stage))
+    if finished != args.stage and there != finished:
+        missing = next(stage for stage in args.stage if stage not in finished)
+        raise UsageError(f"{folder} has stage {max(there)}, which was made before the stage "
+                         f"{missing} of this command would be: {start_over}")
+    return finished
 
 
 def show_finished(args):
     """Nothing is left to do: the report once more"""
     folder = run_folder(args)
-    report = (folder / "report.md").read_text(encoding="utf-8")
+    rows = read_json(folder / "run.json", "--fresh starts over").get("rows")
+    table = report(rows) if rows else (folder / "report.md").read_text(encoding="utf-8")
     print_once(f"{folder} is finished: this command has run to its end, and nothing was changed. "
-               f"--fresh starts over\n\n{report}\nnext: python eval.py {folder}")
+               f"--fresh starts over\n\n{table}\nnext: python eval.py {folder}")
 
 
 # Flags that may differ when a run goes on: they say where it is computed, and how fast. (What
@@ -882,7 +942,7 @@ NOT_RECIPE = {
 
 
 def recipe_of_arguments(arguments):
-    """The arguments that decide a run's weights -> {name: value}, as JSON gives them back
+    """The arguments that decide a run's weights and report -> {name: value}, as JSON returns them
 
     arguments: vars(args), or what a run.json has. A tuple would differ from the list it becomes.
     """
@@ -901,17 +961,29 @@ def recipe_of(args, teacher, data):
         "teacher's weights": teacher.fingerprint, "data's checksums": data.fingerprint}
 
 
+def recipe_of_stage(recipe, stage):
+    """The part of a recipe that is one stage's own: no other stage's budget"""
+    others = tuple(f"stage {other} " for other in (1, 2, 3) if other != stage)
+    return {key: value for key, value in recipe.items() if not key.startswith(others)}
+
+
+# What recipe_of adds: not known before teacher and data are loaded
+LOADED = {"teacher's weights", "data's checksums"}
+
+
 def differences(before, now):
-    """Two recipes -> what differs, in words: [] if they are the same"""
+    """Two recipes -> what differs, in words: [] if they are the same. `now` may lack LOADED."""
     return [f"{key} was {before.get(key)}, is {now.get(key)}"
-            for key in before | now if key not in NOT_RECIPE and before.get(key) != now.get(key)]
+            for key in before | now if before.get(key) != now.get(key)
+            and key not in NOT_RECIPE and (key in now or key not in LOADED)]
 
 
 @contextlib.contextmanager
 def stop_on_signals(run):
     """Within, SIGTERM and Ctrl-C only set run.stop: train saves, then stops.
 
-    Clusters send SIGTERM some seconds before they kill. Outside, both end the process as usual.
+    Clusters send SIGTERM some seconds before they kill. Outside, both end the process at once: what
+    was saved is complete at any time.
     """
     def note(number, frame):
         run.stop = number
@@ -938,18 +1010,25 @@ class Checkpoints:
         self.folder, self.rank = folder, rank
         self.finished, self.rows = [], {}               # stages; {name: row of the report}
 
-    def find_unfinished(self, recipe, fresh):
-        """Read what is here of an unfinished run, which must have this recipe. Changes no file."""
-        self.recipe = json.loads(json.dumps(recipe))
+    def find_unfinished(self, recipe, finished, fresh, teacher):
+        """Read what is here of an unfinished run, which must have this recipe. Changes no file.
+
+        finished: the stages of this recipe that are there, if no run is unfinished
+        """
+        self.recipe, self.finished = json.loads(json.dumps(recipe)), finished
         path = self.folder / "run.json"
         if fresh or not path.exists():
             return
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if changed := differences(about["recipe"], self.recipe):
+        about = read_json(path, "--fresh starts over")
+        with damage_in_one_line(path, "--fresh starts over"):
+            before = about["recipe"]
+            self.finished, self.rows = list(about["finished"]), dict(about["rows"])
+            if teacher.has_fingerprint(before["teacher's weights"]):    # in any dtype
+                before["teacher's weights"] = self.recipe["teacher's weights"]
+        if changed := differences(before, self.recipe):
             raise UsageError(f"{self.folder} holds an unfinished run of another recipe "
                              f"({'; '.join(changed)}): give its command to go on with it, "
                              "or --fresh to start over")
-        self.finished, self.rows = about["finished"], about["rows"]
 
     def record(self, stage=None, **rows):
         """A stage is finished, or a row of the report is known."""
@@ -957,10 +1036,8 @@ class Checkpoints:
             self.finished.append(stage)
         self.rows |= rows
         if self.rank == 0:
-            about = {"recipe": self.recipe, "finished": self.finished, "rows": self.rows}
-            partial = self.folder / ".run.json"     # a kill leaves the old file or the new one
-            partial.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self.folder / "run.json")
+            write_json(self.folder / "run.json", {
+                "recipe": self.recipe, "finished": self.finished, "rows": self.rows})
             if stage:                               # its model folder is what counts now
                 for state in self.states(f"stage {stage}"):
                     state.unlink()
@@ -994,9 +1071,7 @@ class Checkpoints:
         """Save the state after `step` steps, and exit as the signal of this number would have"""
         if step:
             self.save(name, step, seconds, student, params, optimizer)
-        print(f"\nstopped by {signal.Signals(number).name} in {name}, after {step} of "
-              f"{steps} steps: the same command goes on from here", file=sys.stderr)
-        raise SystemExit(128 + number)
+        stop_now(name, step, steps, number)
 
     def write(self, name, step, seconds, tensors):
         """A file that is named after its checksum, in one step: no reader meets half of it
@@ -1006,7 +1081,9 @@ class Checkpoints:
         partial = self.folder / ".partial"
         try:
             save_file(tensors, partial, metadata={"seconds": str(seconds)})
-            partial.rename(self.folder / f"{name}-{step}-{checksum(partial)}.safetensors")
+            flush(partial)
+            partial.rename(self.folder / f"{name}-{step}-{file_checksum(partial)}.safetensors")
+            flush(self.folder)
         except Exception as error:          # a full disk is an error of half a dozen types
             partial.unlink(missing_ok=True)
             raise UsageError(f"{self.folder}/{name}-{step} could not be saved ({error}); the state "
@@ -1024,17 +1101,20 @@ class Checkpoints:
         """
         for path in self.states(name):
             _, step, digest = path.stem.split("-")
-            if checksum(path) != digest:
+            if file_checksum(path) != digest:
                 print(f"{name} | {path} is damaged (its checksum differs): it is left out")
                 continue
             allocate_moments(params, optimizer)
             with safe_open(path, "pt") as file, torch.no_grad():
+                saved = set(file.keys())
                 for key, p in student.named_parameters():
                     p.copy_(distribute_like(p, file.get_tensor(f"weights.{key}")))
                 for key, p in params.items():
                     state = optimizer.state[p]
                     state["step"].fill_(int(step))      # for Adam's bias correction
                     for moment in ("exp_avg", "exp_avg_sq"):
+                        if f"{moment}.{key}" not in saved:      # it never had a gradient
+                            continue
                         value = file.get_tensor(f"{moment}.{key}")
                         # copy_ keeps the kind: 8 bits stay 8 bits, shards stay shards
                         state[moment].copy_(distribute_like(p, value))
@@ -1042,6 +1122,13 @@ class Checkpoints:
             print(f"{name} | goes on from {path}")
             return int(step), seconds
         return 0, 0.0
+
+
+def stop_now(name, step, steps, number):
+    """End as the signal of this number does, after what was done is saved"""
+    print(f"\nstopped by {signal.Signals(number).name} in {name}, after {step} of {steps} steps: "
+          "the same command, without --fresh, goes on from here", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 def allocate_moments(params, optimizer):
@@ -1054,12 +1141,6 @@ def allocate_moments(params, optimizer):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad()
-
-
-def checksum(path):
-    """128 bits of xxh3: against damage, not forgery"""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 GPUS = {  # FLOP/s in bf16, dense, as the makers say; memory that a process finds, in bytes
@@ -1131,7 +1212,7 @@ def rank_0_first(run):
 
 
 def wrap_ddp(loss_fn, student, teacher, run):
-    """-> tokens -> the losses of this process's tokens, and the context in which gradients wait
+    """-> a function of tokens that gives this process's losses, and a context without averaging
 
     DDP averages the gradient of a parameter once backward has passed it, whichever call to backward
     that is. Its forward only makes the generator, so stages 1 and 2 may go layer by layer: each
@@ -1229,7 +1310,8 @@ def add_method_flags(add):
     """What is distilled, from what, and by which recipe"""
     add("--preset", choices=PRESETS, help="a recipe [phi where CUDA is, else tiny]")
     add("--stage", type=int, nargs="+", help="stages to run [1 2 3; with --objective 2 3]")
-    add("--teacher", help="a Hugging Face id or folder, a .gguf file, smollm2, or tiny")
+    add("--teacher", type=nonempty, help="a Hugging Face id or folder, a .gguf file, smollm2, or "
+        "tiny")
     add("--data", type=source_of_text, help="stdlib, a file or folder of text, JSONL or Parquet, "
         "or a Hugging Face id")
     add("--stream", action="store_true", help="read the data as it comes, with nothing on disk")
@@ -1252,7 +1334,7 @@ def add_method_flags(add):
     add("--lr", type=positive, nargs="+", help="peak learning rate [the preset's]")
     # how
     add("--loss", choices=("kl", "ce"), default="kl", help="of stage 3; same gradient [kl]")
-    add("--temperature", type=positive, default=1.0, help="of both predictions in stage 3 [1]")
+    add("--temperature", type=temperature, default=1.0, help="of both predictions in stage 3 [1]")
     add("--hard_weight", type=not_negative, default=0.0, help="of stage 3's next-token loss [0]")
     add("--train", choices=("paper", "mixer"), default="paper",
         help="what is trained: as in the paper, or the mixers only, in stage 3 too [paper]")
@@ -1264,12 +1346,12 @@ def add_method_flags(add):
     add("--clip", type=not_negative, default=1.0, help="largest gradient norm, 0: none [1.0]")
     add("--optimizer", choices=("adamw", "adamw8bit"), default="adamw",
         help="of 8 bits: 2 bytes a parameter instead of 8, needs torchao [%(default)s]")
-    add("--teacher_tokens", type=count, default=4 * 10**6, help="for the tiny one [%(default)s]")
+    add("--teacher_tokens", type=count, default=2_500_000, help="for the tiny one [%(default)s]")
 
 
 def add_run_flags(add):
     """Where and how it runs"""
-    add("--out", help="folder of the run [out/<preset>]")
+    add("--out", type=nonempty, help="folder of the run [out/<preset>]")
     add("--fresh", action="store_true", help="start over, where a run lies")
     add("--seed", type=count, default=0, help="of new weights and of data order [%(default)s]")
     add("--eval_tokens", type=at_least_one, help="validation tokens to read [the preset's]")
