@@ -14,7 +14,7 @@ from a state, and Trainer trains it. What it cannot do it refuses by name: see C
 """
 import inspect
 import json
-import os
+
 import shutil
 from pathlib import Path
 
@@ -25,8 +25,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from eval import add_run_flags, open_run
-from model_ssm import SSM, UsageError, read_config
-from prepare import Parser, Tokenizer, byte_tokenizer, run_program
+from model_ssm import SSM, UsageError, read_config, read_json, replacing, WRITTEN_AGAIN
+from prepare import Parser, Tokenizer, byte_tokenizer, locked, nonempty, run_program
 
 
 # -----------------------------------------------------------------------------
@@ -264,29 +264,29 @@ def export(student, folder, teacher, about, run):
         raise UsageError(f"{folder} is there already, and not empty")
     tokenizer = Tokenizer(teacher)
     tokenizer.check_rows(student.config.vocab_size)
-    # A crash leaves this folder, never half an export under the real name.
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.exported")
     made = {"teacher": teacher, "data": about["data"], "commit": about.get("commit") or "unknown"}
-    student.save_pretrained(partial, **made)
-    add_to_config(partial / "config.json", student.config)
-    write_tokenizer(tokenizer, student.config.vocab_size, partial)
-    write_code(partial, student.config.mixer)
-    write_card(partial / "README.md", folder.name, student.config, made, run / "report.md")
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    with locked(folder), replacing(folder) as partial:
+        student.save_pretrained(partial, **made)
+        add_to_config(partial / "config.json", student.config)
+        write_tokenizer(tokenizer, student.config.vocab_size, partial)
+        write_code(partial, student.config.mixer)
+        write_card(partial / "README.md", folder.name, student.config, made, run / "report.md")
     print(f"saved {folder} | {', '.join(sorted(p.name for p in folder.iterdir()))}")
 
 
 def add_to_config(path, config):
-    """Add the fields that transformers looks for to those of the published layout"""
-    values = json.loads(path.read_text("utf-8")) | {
+    """Add the fields that transformers looks for to those of the published layout
+
+    Without checksums: transformers would keep them when the model was trained on and saved.
+    """
+    values = read_json(path, WRITTEN_AGAIN) | {
         "model_type": MohawkConfig.model_type, "architectures": [MohawkForCausalLM.__name__],
         "auto_map": {"AutoConfig": "modeling_mohawk.MohawkConfig",
                      "AutoModelForCausalLM": "modeling_mohawk.MohawkForCausalLM"},
         "vocab_size": config.vocab_size, "hidden_size": config.d_model,
         "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
         "tie_word_embeddings": config.tie_embeddings, "dtype": "float32"}
+    del values["weights"]
     path.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
 
 
@@ -329,7 +329,7 @@ def write_card(path, name, config, made, report):
 def main(arguments=None):
     parser = Parser(__doc__)
     add_run_flags(parser.add_argument)
-    parser.add_argument("folder", help="where to write it: not there yet, or empty")
+    parser.add_argument("folder", type=nonempty, help="where to write it: not there yet, or empty")
     args = parser.parse_args(arguments)
     about, run, stage = open_run(args.run, args.stage)
     student = SSM.from_pretrained(stage).eval()

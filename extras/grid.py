@@ -10,7 +10,6 @@ those that the study sets itself are refused.
 import argparse
 import contextlib
 import itertools
-import json
 import platform
 import re
 import shlex
@@ -22,7 +21,7 @@ import torch
 
 import distill
 from eval import choose_device, pass_keys, retrieval
-from model_ssm import SSM, UsageError
+from model_ssm import SSM, UsageError, read_json, write_json, write_file
 from prepare import Parser, Tokenizer, count, run_program
 
 MAY_DIFFER = {"--tokens", "--lr"}       # single runs set these; the command line may replace them
@@ -89,15 +88,14 @@ def run_cell(title, folder, flags):
         except filelock.Timeout:            # another process has this run
             return
         if row.exists():                    # only under the lock: it may have just been written
-            before = json.loads(row.read_text(encoding="utf-8"))["flags"]
+            before = read_json(row, f"remove {folder} to run it again")["flags"]
             if before != flags:
                 raise UsageError(f"{folder} was finished as {shlex.join(before)}, not as "
                                  f"{shlex.join(flags)}: give that command, or remove the folder")
             return
         print(f"\n{title}")
         distill.main(flags)
-        text = json.dumps({"flags": flags} | row_of(folder, distill.parse(flags))) + "\n"
-        row.write_text(text, encoding="utf-8")
+        write_json(row, {"flags": flags} | row_of(folder, distill.parse(flags)))
 
 
 def row_of(folder, args):
@@ -119,18 +117,17 @@ def tabulate(name, runs, seeds, rest, arguments):
     lines = [f"| {name} | val loss | KL | top-1 | key | parameters | state, bytes per layer "
              "| seconds |", "|---" * 8 + "|"]
     for cell in dict.fromkeys(cell for cell, _, _ in runs):
-        rows = [json.loads((run_folder(name, cell, seed, rest) / "row.json").read_text("utf-8"))
+        rows = [read_json(run_folder(name, cell, seed, rest) / "row.json", "remove its folder")
                 for seed in seeds]
         lines.append(f"| {cell} | {summary(rows, 'loss', '.4f')} | {summary(rows, 'kl', '.4f')} | "
                      f"{summary(rows, 'top1', '.1%')} | {summary(rows, 'key', '.2%')} | "
                      f"{rows[0]['parameters']:,} | {rows[0]['state']:,} | "
                      f"{summary(rows, 'seconds', '.0f')} |")
     path = Path("results") / f"{study_name(name, rest)}.md"
-    path.parent.mkdir(exist_ok=True)
     command = f"python -m extras.{name} {shlex.join(arguments)}".strip()
-    path.write_text("\n".join([f"`{command}`, seeds {', '.join(map(str, seeds))}; torch "
+    write_file(path, "\n".join([f"`{command}`, seeds {', '.join(map(str, seeds))}; torch "
                                f"{torch.__version__}, {platform.processor() or platform.machine()}",
-                               "", *lines]) + "\n", encoding="utf-8")
+                               "", *lines]) + "\n")
     print("\n" + path.read_text("utf-8") + f"\nsaved {path}")
 
 

@@ -11,14 +11,13 @@ Run:  python -m extras.pictures out/tiny
 """
 import argparse
 import contextlib
-import json
 import math
 import re
 import statistics
 
-from distill import init_student
+from distill import init_student, read_log
 from eval import EvaluatedRun, add_run_flags, layer_distances
-from model_ssm import SSM, UsageError
+from model_ssm import SSM, UsageError, read_json
 from prepare import Parser, at_least_one, run_program
 
 
@@ -124,7 +123,7 @@ def draw_layers(path, title, distances):
 
 def draw_speed(folder):
     """speed.json, of {model: rows of pace} and a title -> speed.png"""
-    models = json.loads((folder / "speed.json").read_text(encoding="utf-8"))
+    models = read_json(folder / "speed.json", "python eval.py --speed makes it again")
     title = models.pop("title")
     panels = {}
     for name, key, unit, scale in (("reading", "prefill", "tokens/s", 1),
@@ -147,9 +146,8 @@ def main(arguments=None):
     heads = choose_heads(args, students["as copied"])
     windows = run.windows(run.context)                                  # (n, L + 1)
     draw_all_matrices(run, students, heads, windows[:1, :args.picture_tokens].to(run.device))
-    log = (run.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     draw_losses(run.folder / "loss.png", f"{run.folder}: what each stage minimises",
-                map(json.loads, log))
+                read_log(run.folder / "log.jsonl"))
     tokens = windows[:16, :-1].to(run.device)                           # (16, L)
     distances = {}
     for name, student in students.items():
