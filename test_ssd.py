@@ -19,6 +19,7 @@ import contextlib
 import doctest
 import functools
 import gzip
+import hashlib
 import importlib
 import importlib.util
 import io
@@ -28,7 +29,9 @@ import math
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import random
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -43,13 +46,13 @@ import traceback
 import tracemalloc
 import types
 import warnings
+import zlib
 from pathlib import Path
 
 # One thread: sums are in one order, here and in the programs that tests start, and `-n 2` has a
 # core for each of its processes.
 os.environ["OMP_NUM_THREADS"] = "1"                 # read when torch is loaded
 
-import filelock
 import numpy as np
 import pytest
 import tokenizers
@@ -1123,6 +1126,13 @@ def test_the_default_shapes_are_phi_mambas():
     assert pure.state_dict()["backbone.layers.0.mixer.in_proj.weight"].shape == (8224, 2048)
 
 
+def without_checksums(path):
+    """A JSON file as an older version wrote it, or somebody else"""
+    values = json.loads(path.read_text("utf-8"))
+    kept = {name: value for name, value in values.items() if name not in ("checksum", "weights")}
+    path.write_text(json.dumps(kept), "utf-8")
+
+
 @pytest.mark.parametrize("change", ["missing", "left over", "wrong shape", "cut short"])
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, change):
     SSM.from_teacher(random_teacher()).save_pretrained(tmp_path / "model")
@@ -1137,7 +1147,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, change):
     save_file(weights, file)
     if change == "cut short":
         file.write_bytes(file.read_bytes()[:-100])
-    complaint = "cut short" if change == "cut short" else "tensors differ"
+    complaint = "is missing or damaged" if change == "cut short" else "tensors differ"
+    without_checksums(tmp_path / "model" / "config.json")
     with pytest.raises(UsageError, match=complaint):
         SSM.from_pretrained(tmp_path / "model")
 
@@ -1275,7 +1286,22 @@ def test_a_teacher_writes_by_no_interface_that_is_about_to_go(name):
 def test_a_fingerprint_knows_its_teacher_in_any_dtype(teacher_folder):
     one, other = Teacher.load(str(teacher_folder)), random_teacher(seed=1)
     rounded = Teacher.load(str(teacher_folder), dtype=torch.bfloat16)
-    assert one.fingerprint == rounded.fingerprint != other.fingerprint
+    assert one.has_fingerprint(rounded.fingerprint) and rounded.has_fingerprint(one.fingerprint)
+    assert not other.has_fingerprint(one.fingerprint) and not one.has_fingerprint(None)
+    # The last bit of the last number of a tensor, and a shape that no weight shows
+    for change in ("weight", "shape"):
+        changed = Teacher.load(str(teacher_folder))
+        w = changed.model.state_dict()["model.layers.0.mlp.fc1.weight"].flatten()
+        w.view(torch.int32)[-1] ^= change == "weight"
+        changed.config.layer_norm_eps *= 1 + (change == "shape")
+        assert not changed.has_fingerprint(one.fingerprint)
+        assert changed.has_fingerprint(rounded.fingerprint) == (change == "weight")
+    of_an_older_version = hashlib.sha256()
+    for name, w in one.model.state_dict().items():
+        first = w.flatten()[:1000].bfloat16().view(torch.int16).numpy()
+        of_an_older_version.update(name.encode() + first.tobytes())
+    assert one.has_fingerprint(of_an_older_version.hexdigest()[:16])
+    assert not one.has_fingerprint("0" * 16)
 
 
 def test_compare_is_the_textbook_formula():
@@ -1446,7 +1472,10 @@ def test_shards_are_cut_at_their_size_and_windows_do_not_cross_them(tmp_path, mo
     for part in np.split(numbers, (700, 2700, 3200)):
         prepare.append(tmp_path, "train", part, shards)
     assert [s["tokens"] for s in shards.values()] == [1000, 1000, 1000, 500]
-    (tmp_path / "meta.json").write_text(json.dumps({"dtype": "uint32", "train": shards}))
+    (tmp_path / "meta.json").write_text(json.dumps({
+        "dtype": "uint32", "vocab_size": 2**17, "eot": 0, "train": shards, "val": {},
+        "train_tokens": 3500, "val_tokens": 0, "source": "a", "tokenizer": "b", "fingerprint": "c",
+        "config": None, "files": None, "budget": None}))
     tokens = Tokens(tmp_path)
     epoch = 3 * 31 + 15                                 # 31 windows a full shard, 15 in the last
     windows = tokens.batch(0, epoch, 32)
@@ -1928,7 +1957,7 @@ def test_stopped_processes_leave_no_lock_no_orphans_and_one_line(
             program = in_a_copy(lambda: prepare.run_program(run), theirs)
             os.close(theirs)
             said("nine saved")
-            with pytest.raises(UsageError, match="another process is preparing .*out: wait for it"):
+            with pytest.raises(UsageError, match="another process is at work on .*out: wait"):
                 run()
             if how == signal.SIGINT:                        # Ctrl-C reaches all processes
                 os.killpg(program, how)
@@ -2163,7 +2192,7 @@ def test_what_a_preset_says_of_its_data_set_does_not_follow_another(here, teache
     assert (here / "run" / "stage3").is_dir()
     # data that an earlier version prepared has the preset's part in its note
     note = Path("data") / "texts-random-phi" / "meta.json"
-    note.write_text(json.dumps(json.loads(note.read_text()) | {"config": "en"}))
+    note.write_text(json.dumps(model_ssm.read_json(note, "") | {"config": "en"}))
     assert prepare.load_or_prepare("texts", Tokenizer(teacher_folder)) == note.parent
 
 
@@ -2213,7 +2242,8 @@ def test_data_prepared_before_texts_had_a_checksum_is_known_by_names_and_sizes(h
     some_documents(here / "texts")
     note = prepare.load_or_prepare("texts", Tokenizer("bytes")) / "meta.json"
     meta = json.loads(note.read_text())
-    note.write_text(json.dumps({key: meta[key] for key in meta if key not in ("times", "read")}))
+    note.write_text(json.dumps({key: meta[key] for key in meta
+                                if key not in ("times", "read", "checksum")}))
     edit(here / "texts" / "03.txt", "WORDS 3\n" * 50)
     assert prepare.load_or_prepare("./texts", Tokenizer("bytes")) == note.parent
     edit(here / "texts" / "03.txt", "longer" * 90)
@@ -2263,6 +2293,9 @@ def test_a_meta_json_of_the_users_own_does_not_make_a_folder_prepared_data(here,
     train, held_out = documents_of(here / "data" / "texts-bytes")
     assert len(train + held_out) == 30 + ('"x"' in text)
     (here / "data" / "texts-bytes" / "meta.json").write_text(text)
+    with pytest.raises(UsageError, match="texts-bytes/meta.json is missing or damaged .*: delete"):
+        prepare.load_or_prepare("texts", Tokenizer("bytes"))
+    (here / "data" / "texts-bytes" / "meta.json").unlink()
     with pytest.raises(UsageError, match="no prepared data in data/texts-bytes .*: run prepare"):
         prepare.load_or_prepare("texts", Tokenizer("bytes"))
 
@@ -2278,7 +2311,7 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path, data_folder, harm):
         data = bytearray(shard.read_bytes())
         data[1000] ^= 1
         shard.write_bytes(data[:-3] if harm == "cut" else data)
-    with pytest.raises(UsageError, match="train_00000.bin is damaged, .*: delete"):
+    with pytest.raises(UsageError, match="train_00000.bin is missing or damaged .*: delete"):
         Tokens(tmp_path)
 
 
@@ -2832,7 +2865,7 @@ def test_in_a_terminal_the_text_grows_and_ends_as_it_does_in_a_file(a_run, capsy
     ("", "give a run folder"), ("RUN --random tiny --speed", "not both"),
     ("--random tiny", "--random measures --speed"),
     ("--speed --random ./nowhere", "no such teacher"), ("RUN --contexts 0", "from 1 on"),
-    ("RUN --speed --batch_sizes 1.5", "not a whole number"), ("RUN --temperature -1", "greedy"),
+    ("RUN --speed --batch_sizes 1.5", "not a whole number"), ("RUN --temperature -1", "from 0 to"),
     ("RUN --prompt ''", "an empty prompt"), ("RUN --length 0", "from 1 on")])
 def test_a_mistake_in_asking_eval_is_one_line(mistake, complaint, a_run):
     with pytest.raises(UsageError, match=re.escape(complaint)) as error:
@@ -2856,7 +2889,7 @@ def test_what_eval_cannot_evaluate_is_one_line(tmp_path, its_copy):
     assert "stage2: " in (said := complaint(its_copy, "--stage", "2"))
     assert said.endswith("has stage1, stage3")
     (its_copy / "stage3" / "model.safetensors").unlink()
-    assert "model.safetensors is missing, damaged or cut short" in complaint(its_copy)
+    assert "is missing or damaged" in complaint(its_copy)
     shutil.rmtree(its_copy / "stage3")
     shutil.rmtree(its_copy / "stage1")
     assert complaint(its_copy) == f"{its_copy} has no finished stage yet"
@@ -3001,6 +3034,201 @@ def test_a_finished_run_given_again_shows_its_report_and_changes_nothing(
     assert {path for path, old in before.items() if path.exists() and files()[path] == old} == set()
 
 
+# What is asked for by a signal while no step runs, and what a run folder may not be taken for
+
+def test_a_signal_outside_of_a_step_is_named_and_the_run_goes_on(
+        tmp_path, teacher_folder, data_folder, a_longer_run, monkeypatch):
+    command = flags(tmp_path / "run", teacher_folder, data_folder, *LONGER)
+    compare, save = evaluation.compare, distill.Checkpoints.save
+
+    def signalled(number, when):
+        """The command in a fork, which gets the signal at call `when` of compare or of save"""
+        calls = itertools.count(1)
+
+        def noted(f):
+            def g(*args):
+                if next(calls) == when:
+                    os.kill(os.getpid(), number)
+                return f(*args)
+            return g
+        with monkeypatch.context() as patch:
+            if when < 9:
+                patch.setattr(distill, "compare", noted(compare))
+            else:
+                patch.setattr(distill.Checkpoints, "save", noted(save))
+            return attempt(lambda: distill.main(command))
+
+    code, printed = signalled(signal.SIGTERM, 2)            # while the copy is evaluated
+    assert code == 143 and printed.endswith("\nstopped; what was saved is kept\n")
+    code, printed = signalled(signal.SIGINT, 2)             # after stage 1
+    assert code == 130 and printed.endswith("\nstopped; what was saved is kept\n")
+    for n, stage in ((16, 2), (16, 3)):                     # while a stage's last state is saved
+        code, printed = signalled(signal.SIGTERM, n)
+        assert code == 143
+        assert f"stopped by SIGTERM in stage {stage}, after 16 of 16 steps: the same" in printed
+        assert not (tmp_path / "run" / f"stage{stage}").exists()
+    distill.main(command)
+    assert same_end(end_of(tmp_path / "run"), a_longer_run)
+
+
+def test_a_finished_run_keeps_its_recipe_and_no_stage_outlives_what_it_was_made_from(
+        tmp_path, teacher_folder, data_folder, capsys):
+    short = ("--tokens", "512", "512", "512")
+    run = tmp_path / "run"
+    command = flags(run, teacher_folder, data_folder, *short)
+    distill.main(command)
+
+    def contents():
+        return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    before = contents()
+    for other, why in ((("--seed", "1"), "stage1 is of another recipe .seed was 0, is 1"),
+                       (("--stage", "2", "--tokens", "256"), "stage2 is of .*stage 2 tokens was"),
+                       (("--stage", "3", "--tokens", "512", "--temperature", "2"), "temperature")):
+        with pytest.raises(UsageError, match=f"{why}.*choose another --out, or --fresh"):
+            distill.main([*command, *other])
+    capsys.readouterr()
+    distill.main([*command, "--stage", "2", "--tokens", "512"])         # a part of what is there
+    assert "is finished" in capsys.readouterr().out and contents() == before
+    distill.main([*command, "--stage", "2", "--tokens", "256", "--fresh"])
+    assert sorted(path.name for path in run.glob("stage*")) == ["stage1", "stage2"]
+    with pytest.raises(UsageError, match="has stage 2, which was made before the stage 1 of this"):
+        shutil.rmtree(run / "stage1")
+        distill.main([*command, "--stage", "1", "2", "--tokens", "512", "256"])
+    # A rerun that is killed: nothing of the run before is there to be shown as its student.
+    distill.main([*command, "--fresh"])
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_run(patch, [*command, "--seed", "1", "--fresh"], at=("stage 1", 2))
+    with pytest.raises(UsageError, match="has no finished stage yet"):
+        evaluation.main([str(run)])
+
+
+def test_stages_that_are_there_are_not_trained_again(tmp_path, a_run, teacher_folder, data_folder):
+    run = tmp_path / "run"
+    budget = {1: "512", 2: "1024", 3: "1024"}
+    distill.main(flags(run, teacher_folder, data_folder, "--stage", "1", "--tokens", budget[1]))
+    before = (run / "stage1" / "model.safetensors").stat().st_mtime_ns
+    distill.main(flags(run, teacher_folder, data_folder, "--tokens", *budget.values()))
+    assert (run / "stage1" / "model.safetensors").stat().st_mtime_ns == before
+    for name, w in load_file(a_run / "stage3" / "model.safetensors").items():
+        assert torch.equal(w, load_file(run / "stage3" / "model.safetensors")[name])
+
+
+def test_a_finished_stage_whose_folder_is_gone_or_changed_is_named(
+        tmp_path, teacher_folder, data_folder, monkeypatch):
+    command = flags(tmp_path / "run", teacher_folder, data_folder, *LONGER)
+    stopped_run(monkeypatch, command)
+    folder = tmp_path / "run" / "stage1"
+    config = folder / "config.json"
+    text = config.read_text()
+    for changed, why in ((text.replace('"norm_eps": 1e-05', '"norm_eps": 1e-06'), "was changed"),
+                         (text[:99], "damaged"), ("", "damaged")):
+        assert changed != text
+        config.write_text(changed)
+        with pytest.raises(UsageError, match=f"stage1/config.json .*{why}.*copy it again"):
+            distill.main(command)
+    config.write_text(text)
+    SSM.from_teacher(random_teacher(seed=5)).save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").replace(folder / "model.safetensors")
+    with pytest.raises(UsageError, match="stage1/model.safetensors .*its checksum is not the one"):
+        distill.main(command)
+    shutil.rmtree(folder)
+    with pytest.raises(UsageError, match="stage1/config.json is missing"):
+        distill.main(command)
+
+
+@pytest.mark.parametrize("change", ["the last number", "rope_theta"])
+def test_a_teacher_that_changes_in_the_middle_of_a_run_is_refused(
+        tmp_path, teacher_folder, data_folder, monkeypatch, change):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teacher_folder, teacher)
+    command = flags(tmp_path / "run", teacher, data_folder, *LONGER)
+    stopped_run(monkeypatch, command)
+    if change == "the last number":
+        weights = load_file(teacher / "model.safetensors")
+        weights["model.layers.0.mlp.fc2.weight"][-1, -1] += 1e-6    # less than a bit of bf16
+        save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    else:
+        config = json.loads((teacher / "config.json").read_text())
+        config["rope_theta"] = 2e4
+        config.get("rope_parameters", {})["rope_theta"] = 2e4
+        (teacher / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="unfinished run of another recipe .teacher's weights was"):
+        distill.main(command)
+
+
+def test_ids_beyond_the_vocabulary_are_named_though_the_checksum_is_right(tmp_path, data_folder):
+    shutil.copytree(data_folder, tmp_path / "data")
+    meta = model_ssm.read_json(tmp_path / "data" / "meta.json", "")
+    ids = np.fromfile(tmp_path / "data" / "train_00000.bin", meta["dtype"])
+    ids[-1] = 257
+    ids.tofile(tmp_path / "data" / "train_00000.bin")
+    meta["train"]["train_00000.bin"]["crc32"] = zlib.crc32(ids)
+    model_ssm.write_json(tmp_path / "data" / "meta.json", meta)
+    with pytest.raises(UsageError, match="train_00000.bin .*has the id 257, .* vocabulary of 257.*"
+                                         "prepare it again"):
+        Tokens(tmp_path / "data")
+
+
+@pytest.mark.parametrize("where", ["evaluation", "relative"])
+def test_what_is_no_number_is_not_stored(
+        where, tmp_path, teacher_folder, data_folder, monkeypatch):
+    command = flags(tmp_path / "run", teacher_folder, data_folder, *LONGER)
+    if where == "evaluation":
+        monkeypatch.setattr(evaluation, "log_probabilities",
+                            lambda model, tokens: torch.full((tokens.numel(), 257), torch.nan))
+    else:
+        def no_relative(student, teacher, tokens):
+            """a loss"""
+            yield student.layers[0].mixer.D.sum(), torch.tensor(torch.nan)
+        monkeypatch.setitem(distill.STAGES, 1, distill.STAGES[1]._replace(loss_fn=no_relative))
+    with pytest.raises(UsageError, match="nan") as error:
+        distill.main(command)
+    assert "\n" not in str(error.value)
+    for path in (tmp_path / "run").rglob("*.json*"):
+        assert "NaN" not in path.read_text()
+
+
+def test_damaged_lines_of_a_log_are_passed_over_and_counted(tmp_path, capsys):
+    path = tmp_path / "log.jsonl"
+    good = [json.dumps({"stage": "stage 1", "step": n, "loss": 0.5}) for n in range(4)]
+    path.write_bytes("\n".join([good[0], "{", good[1], "[1]", '{"stage": "stage 1"}', good[2],
+                                '{"stage": "stage 1", "step": "x"}', good[3][:20]]).encode()
+                     + b"\n\xff\xfe\n")
+    assert [event["step"] for event in distill.read_log(path)] == [0, 1, 2]
+    assert capsys.readouterr().out == f"{path}: 6 lines cannot be read, and are left out\n"
+
+
+def test_every_long_wait_has_a_bar(teacher_folder, monkeypatch, capsys):
+    """A bar is there from the third second on: the clock is a second later at each look."""
+    clock = itertools.count()
+    real = model_ssm.tqdm
+
+    class Slow(real):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._time = lambda: next(clock)
+            self.start_t = self.last_print_t = next(clock)
+
+    monkeypatch.setattr(model_ssm, "tqdm", Slow)
+    teacher = Teacher.load(str(teacher_folder))
+    student = SSM.from_teacher(teacher, (), "distance", some_tokens(B=2, L=16))
+    windows = some_tokens(B=64, L=16)
+    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 1)
+    evaluation.compare(student, teacher, windows)
+    monkeypatch.undo()
+    monkeypatch.setattr(model_ssm, "tqdm", Slow)
+    evaluation.by_position(student, teacher, windows.repeat(30, 1))
+    student.generate(windows[:, :4], 9)
+    shown = capsys.readouterr().err
+    for doing in ("draw random weights", "hash the teacher", "fit the start", "set the decays",
+                  "evaluate", "evaluate by position", "write"):
+        if doing == "hash the teacher":
+            assert teacher.fingerprint
+            shown += capsys.readouterr().err
+        assert f"{doing}:" in shown, doing
+
+
 def test_the_referee_is_plain_pytorch_wherever_its_tensors_are(monkeypatch):
     called = []
     monkeypatch.setattr(ssd_kernel, "step_triton", lambda *args: called.append(args))
@@ -3019,10 +3247,10 @@ def test_the_referee_is_plain_pytorch_wherever_its_tensors_are(monkeypatch):
 
 def test_two_runs_do_not_share_a_folder(tmp_path, teacher_folder, data_folder, start):
     command = flags(tmp_path / "run", teacher_folder, data_folder, *LONGER)
-    with filelock.FileLock(tmp_path / "run" / ".lock"):
+    with prepare.locked(tmp_path / "run"):
         code, _, said = start(HERE / "distill.py", *command).wait()
-    assert code == 2 and "another process is at work in" in said
-    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+    assert code == 2 and "another process is at work on" in said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -3077,6 +3305,421 @@ def test_weights_of_no_run_are_evaluated_as_the_papers(
             evaluation.main(arguments)
         assert "\n" not in str(error.value)
 
+
+# -----------------------------------------------------------------------------
+# Attacks. A small run from its text to its report is killed, starved of disk, damaged or started
+# twice, each time in another place. Given again, its command must end with the bits of a run that
+# nothing has happened to, or say in one line what is wrong; nothing else passes.
+#
+#   python -m pytest -q -s -m attack      # all cases, minutes; without -m four of each
+
+warnings.filterwarnings("ignore", "Unknown pytest.mark.attack")
+
+
+@pytest.fixture
+def cases(request):
+    """-> a function of a list: all of it where attacks are asked for by -m, else four of it"""
+    def choose(items):
+        items = list(items)
+        if request.config.option.markexpr == "attack":
+            return items
+        return items[::max(1, len(items) // 4)][:4]
+    return choose
+
+
+@pytest.fixture
+def show(capsys):
+    """-> show(kind, outcomes): the figures of an attack, on the screen; each outcome has to pass"""
+    def f(kind, outcomes):
+        counts = collections.Counter(outcome for _, outcome in outcomes)
+        with capsys.disabled():
+            print(f"\n{kind}: {len(outcomes)} cases, "
+                  + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))
+        wrong = [(case, outcome) for case, outcome in outcomes if outcome not in PASSED]
+        assert not wrong, wrong[:10]
+    return f
+
+
+RECOVERED, REFUSED = "ended with the same bits", "refused in one line"
+PASSED = (RECOVERED, REFUSED)
+
+
+def attacked_command(out="run"):
+    """A run in the current folder that prepares its text and trains its teacher"""
+    return ["--preset", "tiny", "--data", "texts", "--out", f"out/{out}", "--context", "32",
+            "--batch", "64", "--eval_tokens", "256", "--teacher_tokens", "4096",
+            "--tokens", "128", "192", "192", "--save_minutes", "0"]
+
+
+@pytest.fixture
+def small_tiny(monkeypatch):
+    """The tiny teacher is smaller still"""
+    config = model_teacher.tiny_config
+
+    def smaller(vocab_size, eot):
+        values = config(vocab_size, eot)
+        values.hidden_size, values.intermediate_size, values.num_hidden_layers = 32, 48, 2
+        values.num_attention_heads = values.num_key_value_heads = 2
+        return values
+    monkeypatch.setattr(model_teacher, "tiny_config", smaller)
+
+
+@pytest.fixture
+def arena(tmp_path, monkeypatch, small_tiny):
+    """-> arena(name): a new folder with nothing but a text, which becomes the current one"""
+    def enter(name):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        some_documents(Path("texts"))
+        return tmp_path / name
+    return enter
+
+
+def attempt(job, before=None):
+    """Runs job() in a fork, as a program, after before() -> its exit code, what it printed"""
+    def program():
+        signal.alarm(120)               # what hangs is a failure, too
+        if before:
+            before()
+        prepare.run_program(job)
+    ours, theirs = os.pipe()                # a file would meet the limits on files, too
+    child = in_a_copy(program, theirs)
+    os.close(theirs)
+    with open(ours, errors="replace") as pipe:
+        printed = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), printed
+
+
+def outcome_of(code, printed, same):
+    """same(): did it end as a run that nothing has happened to?"""
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    if "Traceback" in printed:
+        return f"traceback: {printed.strip().splitlines()[-1][:200]}"
+    if code == 2 and len(errors) == 1:
+        return REFUSED
+    if code == 0 and not errors:
+        return RECOVERED if same() else "accepted, and ended with other bits"
+    return f"exit code {code}, {len(errors)} error lines"
+
+
+def distilled(out="run"):
+    return lambda: distill.main(attacked_command(out))
+
+
+def weights_in(folder, out="run"):
+    """{file: its bytes} of everything that decides what a user gets: data, teacher, students"""
+    files = [*folder.glob("data/*/*.bin"), *folder.glob("out/*/model.safetensors"),
+             *folder.glob(f"out/{out}/stage*/model.safetensors")]
+    return {str(path.relative_to(folder)).replace(f"out/{out}/", "out/run/"): path.read_bytes()
+            for path in files}
+
+
+def losses_in(folder):
+    events = map(json.loads, (folder / "out/run/log.jsonl").read_text().splitlines())
+    return [(event["stage"], event["step"], event["loss"]) for event in events]
+
+
+def names_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def at_operation(n, act):
+    """From here on act() happens just before this process's n-th change to the file system.
+
+    A file that is written at once is changed twice, once before and once in its middle.
+    -> the number of changes so far, as a list of one
+    """
+    count = [0]
+
+    def changed():
+        count[0] += 1
+        if count[0] == n:
+            act()
+
+    def hook(event, args):
+        if event == "open":
+            path, mode, how = args
+            writes = set(mode) & set("wax+") if isinstance(mode, str) else how & os.O_ACCMODE
+            if writes and not str(path).startswith(("/dev", "/proc")):
+                changed()
+        elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"):
+            changed()
+    sys.addaudithook(hook)
+
+    def in_the_middle(write):
+        def f(first, second, *args, **kwargs):
+            path, content = (second, None) if isinstance(first, dict) else (first, second)
+            changed()
+            write(first, second, *args, **kwargs)
+            size = Path(path).stat().st_size
+            if count[0] + 1 == n:
+                os.truncate(path, size // 2)
+            changed()
+        return f
+    for module in (distill, model_ssm):
+        module.save_file = in_the_middle(module.save_file)
+    Path.write_text = in_the_middle(Path.write_text)
+    fsync = os.fsync
+    os.fsync = lambda number: (changed(), fsync(number))
+    return count
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def disk_is_full():
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("kind, act, n", [("kills", kill, 48), ("full disks", disk_is_full, 32)])
+def test_a_run_that_is_stopped_at_any_change_of_a_file_goes_on(arena, cases, show, kind, act, n):
+    whole, count = arena("whole"), []
+    code, printed = attempt(lambda: (distilled()(), print("changes", *count[0])),
+                            lambda: count.append(at_operation(math.inf, None)))
+    assert code == 0, printed
+    changes = int(re.search(r"changes (\d+)", printed)[1])
+    want, losses, names = weights_in(whole), losses_in(whole), names_in(whole)
+    outcomes = []
+    for at in cases(sorted({1 + changes * i // n for i in range(n)})):
+        folder = arena(f"{kind} {at}")
+        code, printed = attempt(distilled(), lambda: at_operation(at, act))    # noqa: B023
+        if act is disk_is_full and outcome_of(code, printed, lambda: True) not in PASSED:
+            outcomes.append((f"{kind} at change {at}", f"{code}: {printed[-300:]}"))
+            continue
+        same = lambda: ((weights_in(folder), losses_in(folder), names_in(folder))   # noqa: B023, E731
+                        == (want, losses, names))
+        outcomes.append((f"{kind} at change {at} of {changes}",
+                         outcome_of(*attempt(distilled()), same)))
+    show(kind, outcomes)
+
+
+@pytest.mark.attack
+def test_a_disk_that_fills_up_at_any_size_of_a_file_loses_nothing(arena, cases, show):
+    whole = arena("whole")
+    assert attempt(distilled())[0] == 0
+    want, names = weights_in(whole), names_in(whole)
+    outcomes = []
+    for size in cases([2**n for n in range(4, 20)]):
+        folder = arena(f"at most {size}")
+
+        def limited():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))             # noqa: B023
+        code, printed = attempt(distilled(), limited)
+        outcomes.append((f"files of at most {size}", outcome_of(code, printed, lambda: True)))
+        same = lambda: (weights_in(folder), names_in(folder)) == (want, names)  # noqa: B023, E731
+        outcomes.append((f"and with room again {size}", outcome_of(*attempt(distilled()), same)))
+    show("files cut by a limit", outcomes)
+
+
+def damages(path, draw):
+    """(what, the bytes of a damaged copy, None: no file) of a file"""
+    data = path.read_bytes()
+    yield "deleted", None
+    yield "emptied", b""
+    yield "cut", data[:len(data) // 2]
+    if data:
+        for _ in range(2):
+            at, bit = draw.randrange(len(data)), draw.randrange(8)
+            yield f"bit {bit} of byte {at} flipped", (
+                data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1:])
+        at = draw.randrange(len(data))
+        yield f"zeroed from {at}", data[:at] + bytes(min(16, len(data) - at)) + data[at + 16:]
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("state", ["stopped", "finished"])
+def test_damage_to_any_file_is_mended_or_named(arena, cases, show, state):
+    """Of a run that was stopped, and is given again; and of a finished one, which is evaluated."""
+    whole = arena("whole")
+    assert attempt(distilled())[0] == 0
+    want = weights_in(whole)
+    base = arena("base")
+    if state == "stopped":
+        stop_in_stage_3 = functools.partial(stopped_run, pytest.MonkeyPatch(), attacked_command(),
+                                            at=("stage 3", 2))
+        attempt(stop_in_stage_3)
+        assert names_in(base) != names_in(whole)
+    else:
+        shutil.copytree(whole, base, dirs_exist_ok=True)
+
+    def evaluated():
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            evaluation.main(["out/run", "--length", "20"])
+        Path("evaluation.txt").write_text(text.getvalue())
+
+    job = distilled() if state == "stopped" else evaluated
+    if state == "finished":
+        assert attempt(evaluated)[0] == 0
+        table = Path("evaluation.txt").read_text()
+        Path("evaluation.txt").unlink()
+    draw = random.Random(0)
+    files = [path for path in sorted((*base.glob("data/*/*"), *base.glob("out/**/*")))
+             if path.is_file() and path.name != ".lock"]
+    todo = [(path, *damage) for path in files for damage in damages(path, draw)]
+    outcomes = []
+    for n, (path, what, data) in enumerate(cases(todo)):
+        folder = base.parent / f"{state} {n}"
+        shutil.copytree(base, folder)
+        os.chdir(folder)
+        damaged = folder / path.relative_to(base)
+        damaged.unlink()
+        if data is not None:
+            damaged.write_bytes(data)
+
+        def same():
+            if state == "stopped":
+                return weights_in(folder) == want                               # noqa: B023
+            return Path("evaluation.txt").read_text() == table
+        outcomes.append((f"{path.relative_to(base)} {what}", outcome_of(*attempt(job), same)))
+        shutil.rmtree(folder)
+    show(f"damage, {state}", outcomes)
+
+
+@pytest.mark.attack
+def test_two_commands_at_once_do_not_disturb_each_other(arena, cases, show):
+    whole = arena("whole")
+    assert attempt(distilled())[0] == 0
+    want, outcomes = weights_in(whole), []
+    delays = (0, 0.05, 0.2, 0.5, 1)
+    for second, delay in cases(itertools.product(("run", "other"), delays)):
+        folder = arena(f"{second} {delay}")
+        printed = [folder / f"{n}.txt" for n in (1, 2)]
+        one = in_a_copy(lambda: prepare.run_program(distilled()), printed[0])
+        time.sleep(delay)
+        two = in_a_copy(lambda: prepare.run_program(distilled(second)), printed[1])   # noqa: B023
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in (one, two)]
+        for n, out in enumerate(("run", second)):
+            got = outcome_of(codes[n], printed[n].read_text(),
+                             lambda: weights_in(folder, out) == want)           # noqa: B023
+            if got == REFUSED and second == "other":
+                got = "refused, though it had a folder of its own"
+            outcomes.append((f"{second}, {delay} s later, command {n + 1}", got))
+        if second == "run" and weights_in(folder) != want:
+            outcomes.append((f"the folder of both, {delay} s later", "other bits"))
+    show("two at once", outcomes)
+
+
+# Values that no number may have, and those that only some may
+ODD = ("nan", "inf", "-inf", "1e400", "-1", "1.5e-400x", "", "2**99", "None", "9" * 400, "0x10")
+
+
+@pytest.mark.attack
+def test_odd_values_of_any_flag_are_refused_in_one_line_before_anything_is_read(cases, show):
+    parser = prepare.Parser("")
+    distill.add_method_flags(parser.add_argument)
+    distill.add_run_flags(parser.add_argument)
+    outcomes = []
+    numbers = [action for action in parser._actions if action.type and action.type not in (
+        prepare.source_of_text, prepare.nonempty)]
+    assert len(numbers) >= 18
+    for action, value in cases(itertools.product(numbers, ODD)):
+        flag = action.option_strings[0]
+        values = [value] * (action.nargs if isinstance(action.nargs, int) else 1)
+        with contextlib.redirect_stderr(io.StringIO()):
+            outcomes.append((f"{flag} {values}", parsed(distill.parse, [
+                "--preset", "tiny", *([f"{flag}={value}"] if len(values) == 1
+                                      else [flag, *values])])))
+    for flag, values in cases([("--temperature", ["1e-30"]), ("--context", ["0"]),
+                               ("--micro_batch", ["0"]), ("--lr", ["0"]), ("--betas", ["1", "1"]),
+                               ("--eval_tokens", ["0"]), ("--out", [""]),
+                               ("--data", [""]), ("--teacher", [""]), ("--batch", ["0"]),
+                               ("--tokens", ["0"]), ("--warmup", ["1.01"]), ("--decay", ["2"])]):
+        outcomes.append((f"{flag} {values}",
+                         parsed(distill.parse, ["--preset", "tiny", flag, *values])))
+    show("odd flags", outcomes)
+
+
+def parsed(parse, arguments):
+    try:
+        parse(arguments)
+    except UsageError as error:
+        return REFUSED if "\n" not in str(error) else f"two lines: {error}"
+    return "accepted"
+
+
+def hostile_configs(config):
+    """Copies of a config.json, each with one place changed to what no model has"""
+    paths = []
+
+    def walk(value, path):
+        paths.append(path)
+        if isinstance(value, dict):
+            for name in value:
+                walk(value[name], (*path, name))
+    walk(config, ())
+    for path in paths[1:]:
+        for odd in (None, -1, 10**9, 1e308, "x", [], {}, True, [10**9]):
+            copied = json.loads(json.dumps(config))
+            place = copied
+            for name in path[:-1]:
+                place = place[name]
+            if place[path[-1]] == odd:
+                continue
+            place[path[-1]] = odd
+            yield f"{'.'.join(path)} = {str(odd)[:12]}", copied
+
+
+@pytest.mark.attack
+def test_hostile_configs_of_a_student_are_refused_or_mean_nothing(
+        tmp_path, teacher_folder, cases, show):
+    student = SSM.from_teacher(Teacher.load(str(teacher_folder)), (1,), "qkv")
+    student.save_pretrained(tmp_path / "model")
+    path, tokens = tmp_path / "model" / "config.json", some_tokens(L=9)
+    config = model_ssm.read_json(path, "")
+    logits, outcomes = student.logits(tokens), []
+    for what, copied in cases(list(hostile_configs(config))[::3]):
+        path.write_text(json.dumps(copied))             # no checksum, as of an older version
+        try:
+            got = SSM.from_pretrained(tmp_path / "model").logits(tokens)
+            # Fields that no shape depends on, such as what a dropout once was
+            outcome = RECOVERED if torch.equal(got, logits) else "accepted, with other logits"
+        except UsageError as error:
+            outcome = REFUSED if "\n" not in str(error) else "two lines"
+        outcomes.append((what, outcome))
+    show("hostile configs", outcomes)
+
+
+@pytest.mark.attack
+def test_hostile_descriptions_of_data_are_refused_and_touch_no_other_file(
+        here, cases, show, monkeypatch):
+    some_documents(here / "texts")
+    victim = here / "victim.txt"
+    victim.write_text("precious")
+    folder = prepare.load_or_prepare("texts", Tokenizer("bytes"))
+    meta = model_ssm.read_json(folder / "meta.json", "")
+    train = meta["train"]["train_00000.bin"]
+    dtypes = ("float16", "int8", "uint64", "object", 3, None)
+    hostile = [meta | {"dtype": dtype} for dtype in dtypes]
+    hostile += [meta | {split: {name: train}} for split in ("train", "val") for name in (
+        "../../victim.txt", str(victim), "..", "", "meta.json", "train_00000.bin\0", "other.bin")]
+    hostile += [meta | {split: shards} for split in ("train", "val") for shards in (
+        None, [], "train_00000.bin", {"train_00000.bin": None}, {"train_00000.bin": {}},
+        {"train_00000.bin": train | {"crc32": "x"}}, {"train_00000.bin": train | {"tokens": -5}})]
+    hostile += [meta | {"vocab_size": n} for n in (0, -1, "x", None, 5, 10**30)]
+    outcomes = []
+    for values in cases(hostile):
+        changed = {key: value for key, value in values.items() if meta[key] != value}
+        (folder / "meta.json").write_text(json.dumps(values))
+        for unfinished in (False, True):
+            partial = folder.with_name(f".{folder.name}.partial")
+            if unfinished:
+                (folder / "meta.json").write_text(json.dumps(values | {"place": 0}))
+                folder.rename(partial)
+            try:
+                data = prepare.load_or_prepare("texts", Tokenizer("bytes"))
+                Tokens(data).batch(0, 2, 16)
+                outcome = "accepted"
+                if unfinished and model_ssm.read_json(data / "meta.json", "") == meta:
+                    outcome = RECOVERED
+            except UsageError as error:
+                outcome = REFUSED if "\n" not in str(error) else "two lines"
+            outcomes.append((f"{str(changed)[:80]} {'unfinished' * unfinished}", outcome))
+            if partial.exists():
+                partial.rename(folder)
+        assert victim.read_text() == "precious"
+    show("hostile descriptions of data", outcomes)
 
 # -----------------------------------------------------------------------------
 # several processes, as torchrun starts them
@@ -3199,7 +3842,7 @@ MISTAKES = {
     "--clip -1": "not a number from 0",
     "--clip nan": "not a number from 0",
     "--hard_weight nan": "not a number from 0",
-    "--temperature 0": "not above 0",
+    "--temperature 0": "not a number from 0.01",
     "--temperature inf": "not a number from 0",
     "--temperature 1e300": "not a number from 0",
     "--context 0": "not a whole number from 1 on",
@@ -3236,18 +3879,21 @@ def test_a_mistake_is_one_line_and_touches_nothing(
 def test_a_stage_folder_of_another_teacher_is_refused_and_kept(tmp_path, a_run, data_folder):
     random_model(seed=1).save_pretrained(tmp_path / "other")
     prepare.byte_tokenizer(256).save_pretrained(tmp_path / "other")
-    before = {p: p.read_bytes() for p in a_run.rglob("*") if p.is_file()}
-    complaint = "was distilled from .*random-phi, whose weights are not those of"
-    with pytest.raises(UsageError, match=complaint):
-        distill.main(flags(a_run, tmp_path / "other", data_folder,
-                           "--stage", "3", "--tokens", "1024"))
-    assert {p: p.read_bytes() for p in a_run.rglob("*") if p.is_file()} == before
+    shutil.copytree(a_run, tmp_path / "run")
+    for complaint in ("stage3 is of another recipe .teacher was .*random-phi, is .*other",
+                      "was distilled from .*random-phi, whose weights are not those of"):
+        before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+        with pytest.raises(UsageError, match=complaint):
+            distill.main(flags(tmp_path / "run", tmp_path / "other", data_folder,
+                               "--stage", "3", "--tokens", "1024"))
+        assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+        shutil.rmtree(tmp_path / "run" / "stage3", ignore_errors=True)
 
 
 def test_data_in_the_tokens_of_another_tokenizer_is_refused(tmp_path, teacher_folder, data_folder):
     for file in data_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    meta = json.loads((tmp_path / "meta.json").read_text())
+    meta = model_ssm.read_json(tmp_path / "meta.json", "")
     meta |= {"fingerprint": "another", "vocab_size": 128_256}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UsageError, match="128,256-word vocabulary, but the teacher reads"):
@@ -3285,7 +3931,8 @@ def test_a_number_that_prepare_cannot_mean_is_one_line(mistake, tmp_path, monkey
 
 
 @pytest.mark.parametrize("mistake, complaint", [
-    ("--temperature nan", "greedy"), ("--temperature inf", "greedy"), ("--seed -1", "from 0 on"),
+    ("--temperature nan", "from 0 to"), ("--temperature 1e-9", "from 0.01 to"),
+    ("--temperature inf", "from 0 to"), ("--seed -1", "from 0 on"),
     ("--seed 2**64", "from 0 on"), ("--context inf", "from 1 on"), ("--top_k 0", "from 1 on"),
     ("--eval_tokens -5", "from 1 on"), ("--length 0", "from 1 on")])
 def test_a_number_that_eval_cannot_mean_is_one_line(mistake, complaint):
