@@ -234,11 +234,12 @@ def distill(run, finished):
 
     todo = [stage for stage in args.stage if stage not in checkpoints.finished]
     for stage in checkpoints.finished:
-        check_folder(run.folder / f"stage{stage}")
+        checkpoints.check_finished(run.folder / f"stage{stage}", stage)
         print(f"stage {stage} | was finished before: {run.folder}/stage{stage}")
     for stage in todo:
         student, about = load_or_init_student(run, stage, teacher, calibration_tokens)
         if stage == todo[0]:                # every refusal is behind us: files may change now
+            run.remove_leftovers()
             if not checkpoints.rows:        # not even the teacher's: a new run
                 run.reset()
                 checkpoints.record(teacher=compare(teacher, teacher, windows))
@@ -799,6 +800,12 @@ class Run:
             self.write_description()
         barrier()
 
+    def remove_leftovers(self):
+        """Stage folders that a killed process has half written, each as large as a model"""
+        if self.rank == 0:
+            for path in self.folder.glob(".stage[123].*partial"):
+                delete(path)
+
     def memory(self):
         """The peak of memory in bytes: on a GPU of all tensors, else of this process"""
         if self.device == "cuda":
@@ -1029,6 +1036,16 @@ class Checkpoints:
             raise UsageError(f"{self.folder} holds an unfinished run of another recipe "
                              f"({'; '.join(changed)}): give its command to go on with it, "
                              "or --fresh to start over")
+
+    def check_finished(self, folder, stage):
+        """UsageError if a finished stage's folder is gone, damaged, or of another run"""
+        before = check_folder(folder).get("recipe", self.recipe)    # older versions have none
+        # Which teacher it was is compared when the stage is loaded.
+        before = before | {"teacher's weights": self.recipe["teacher's weights"]}
+        changed = differences(recipe_of_stage(before, stage), recipe_of_stage(self.recipe, stage))
+        if changed:
+            raise UsageError(f"{folder} is of another recipe than this run ({'; '.join(changed)}): "
+                             f"{WRITTEN_AGAIN}")
 
     def record(self, stage=None, **rows):
         """A stage is finished, or a row of the report is known."""

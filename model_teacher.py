@@ -43,6 +43,7 @@ from model_ssm import progress_bar, prompt_lengths, rename, replacing, shapes_of
 from ssd_kernel import attention_matrix
 
 FAMILIES = ("phi", "llama", "mistral", "qwen2", "qwen3")
+MOST_LAYERS = 1000
 TINY = Path("out/tiny-teacher")
 TINY_BATCH = 8                          # sequences per update of the tiny teacher
 TINY_CONTEXT = 256                      # tokens per sequence
@@ -115,6 +116,8 @@ class Teacher(Generation):
         """
         path, options = resolve_name(name)
         transformers_logging.disable_progress_bar()
+        if not options:                             # a GGUF file's is read with its weights
+            hf_config(name)
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options)
@@ -170,15 +173,20 @@ class Teacher(Generation):
         exact = next(self.model.parameters()).dtype == torch.float32
         return "-".join([in_bf16.hexdigest(), *[in_fp32.hexdigest()] * exact])
 
+    @functools.cached_property
+    def older_fingerprint(self):
+        """What older runs have stored: a hash of a part of each tensor"""
+        digest = hashlib.sha256()
+        for name, w in self.model.state_dict().items():
+            first = w.flatten()[:1000].bfloat16().view(torch.int16).cpu().numpy()
+            digest.update(name.encode() + first.tobytes())
+        return digest.hexdigest()[:16]
+
     def has_fingerprint(self, before):
         """Is the fingerprint `before`, which a run has stored, of this teacher, in any dtype?"""
         before = str(before)
-        if len(before) == 16:                       # older runs: a part of each tensor
-            digest = hashlib.sha256()
-            for name, w in self.model.state_dict().items():
-                first = w.flatten()[:1000].bfloat16().view(torch.int16).cpu().numpy()
-                digest.update(name.encode() + first.tobytes())
-            return before == digest.hexdigest()[:16]
+        if len(before) == 16:
+            return before == self.older_fingerprint
         parts = zip(before.split("-"), self.fingerprint.split("-"), strict=False)
         return all(was == now for was, now in parts)
 
@@ -389,6 +397,9 @@ def hf_config(name):
         raise UsageError(f"cannot read the architecture of {name}: {first_line(error)} "
                          f"({cure(name, path)})") from error
     check_family(name, config)
+    if not 0 < config.num_hidden_layers <= MOST_LAYERS:     # before any is built
+        raise UsageError(f"{name} has {config.num_hidden_layers:,} layers by its config.json: is "
+                         "it damaged?")
     return config
 
 
