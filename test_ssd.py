@@ -3135,6 +3135,12 @@ def test_a_finished_stage_whose_folder_is_gone_or_changed_is_named(
     shutil.rmtree(folder)
     with pytest.raises(UsageError, match="stage1/config.json is missing"):
         distill.main(command)
+    other = [*flags(tmp_path / "of_another_seed", teacher_folder, data_folder, *LONGER), "--stage",
+             "1", "--tokens", "512", "--seed", "4"]
+    distill.main(other)
+    shutil.copytree(tmp_path / "of_another_seed" / "stage1", folder)
+    with pytest.raises(UsageError, match="stage1 is of another recipe than this run .seed was 4"):
+        distill.main(command)
 
 
 @pytest.mark.parametrize("change", ["the last number", "rope_theta"])
@@ -3227,6 +3233,97 @@ def test_every_long_wait_has_a_bar(teacher_folder, monkeypatch, capsys):
             assert teacher.fingerprint
             shown += capsys.readouterr().err
         assert f"{doing}:" in shown, doing
+
+
+def test_what_is_renamed_is_on_the_disk_and_what_it_replaces_goes_after(tmp_path, monkeypatch):
+    """A power cut keeps what was flushed, and any of the renames and removals since."""
+    events = []
+
+    def recorded(name, call):
+        def f(path, *args, **kwargs):
+            where = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else str(path)
+            events.append((name, Path(where).name))
+            return call(path, *args, **kwargs)
+        monkeypatch.setattr(os, name, f)
+
+    for name in ("fsync", "rename", "replace", "unlink"):
+        recorded(name, getattr(os, name))
+    student = SSM.from_teacher(random_teacher())
+    for _ in range(2):                                      # the second replaces the first
+        events.clear()
+        student.save_pretrained(tmp_path / "stage1")
+        named = events.index(("replace", ".stage1.partial"))
+        for written in ("config.json", "model.safetensors", ".stage1.partial"):
+            assert ("fsync", written) in events[:named], written
+        assert ("fsync", tmp_path.name) in events[named:]           # the new name
+    removed = [n for n, event in enumerate(events) if event == ("unlink", "model.safetensors")]
+    assert removed and min(removed) > named
+    events.clear()
+    states = distill.Checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        states.write("stage 1", step, 0.0, {"x": torch.zeros(2)})
+    kinds = [name for name, _ in events]
+    assert kinds == ["fsync", "rename", "fsync"] * 3 + ["unlink"]
+    assert [path.name.split("-")[1] for path in states.states("stage 1")] == ["3", "2"]
+
+
+@pytest.mark.parametrize("layers", [10**9, 0, -1])
+def test_layers_that_no_teacher_has_are_refused_before_any_is_built(
+        tmp_path, teacher_folder, layers):
+    shutil.copytree(teacher_folder, tmp_path / "teacher")
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    config["num_hidden_layers"] = layers
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(config))
+    for load in (Teacher.load, model_teacher.hf_config):
+        with pytest.raises(UsageError, match=f"has {layers:,} layers by its config.json"):
+            load(str(tmp_path / "teacher"))
+
+
+def test_code_that_lies_beside_a_teacher_is_never_run(tmp_path, teacher_folder):
+    shutil.copytree(teacher_folder, tmp_path / "teacher")
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {
+        "AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "teacher" / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}))
+    (tmp_path / "teacher" / "evil.py").write_text(
+        f"open({str(tmp_path / 'was_run')!r}, 'w')\nclass Config: pass\n")
+    for load in (Teacher.load, model_teacher.hf_config, Tokenizer):
+        with pytest.raises(UsageError) as error:
+            load(str(tmp_path / "teacher"))
+        assert "\n" not in str(error.value) and "no network" not in str(error.value)
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_what_an_older_version_left_half_written_goes(tmp_path, teacher_folder, data_folder):
+    left = tmp_path / "run" / ".stage2.4711.partial"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half of it")
+    distill.main(flags(tmp_path / "run", teacher_folder, data_folder, "--stage", "1", "--tokens",
+                       "256"))
+    assert not left.exists()
+
+
+def test_two_that_need_the_same_data_and_teacher_wait_for_each_other(tmp_path):
+    """The second gets the lock only when the first is done, though the first removes its file."""
+    folder, order = tmp_path / "made", tmp_path / "order"
+
+    def hold(name, seconds):
+        with prepare.locked(folder, wait=True):
+            with open(order, "a", encoding="utf-8") as file:
+                file.write(f"{name} in\n")
+            time.sleep(seconds)
+            with open(order, "a", encoding="utf-8") as file:
+                file.write(f"{name} out\n")
+
+    children = [in_a_copy(functools.partial(hold, n, 0.05), tmp_path / f"{n}.txt")
+                for n in range(6)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
+    lines = [line.split() for line in order.read_text().splitlines()]
+    assert [what for _, what in lines] == ["in", "out"] * 6
+    assert all(one[0] == other[0] for one, other in zip(lines[::2], lines[1::2], strict=True))
+    assert not list(tmp_path.glob(".*.lock"))
 
 
 def test_the_referee_is_plain_pytorch_wherever_its_tensors_are(monkeypatch):

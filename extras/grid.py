@@ -22,7 +22,7 @@ import torch
 import distill
 from eval import choose_device, pass_keys, retrieval
 from model_ssm import SSM, UsageError, read_json, write_json, write_file
-from prepare import Parser, Tokenizer, count, run_program
+from prepare import Parser, Tokenizer, count, locked, run_program
 
 MAY_DIFFER = {"--tokens", "--lr"}       # single runs set these; the command line may replace them
 
@@ -125,9 +125,10 @@ def tabulate(name, runs, seeds, rest, arguments):
                      f"{summary(rows, 'seconds', '.0f')} |")
     path = Path("results") / f"{study_name(name, rest)}.md"
     command = f"python -m extras.{name} {shlex.join(arguments)}".strip()
-    write_file(path, "\n".join([f"`{command}`, seeds {', '.join(map(str, seeds))}; torch "
-                               f"{torch.__version__}, {platform.processor() or platform.machine()}",
-                               "", *lines]) + "\n")
+    head = (f"`{command}`, seeds {', '.join(map(str, seeds))}; torch {torch.__version__}, "
+            f"{platform.processor() or platform.machine()}")
+    with locked(path, wait=True):           # two processes may end at once
+        write_file(path, "\n".join([head, "", *lines]) + "\n")
     print("\n" + path.read_text("utf-8") + f"\nsaved {path}")
 
 

@@ -29,29 +29,38 @@ from test_ssd import (
     HERE,
     LLAMA,
     MOST_HELD,
+    RECOVERED,
     RESETS,
     SIDES,
     Scratch,
     all_near,
+    at_operation,
+    attempt,
     byte_tokenizer_with,
     captured_step_is_the_step,
     commands_of_the_readme,
     decays,
+    disk_is_full,
     flags,
+    in_a_copy,
     inputs,
+    kill,
     on_linux,
+    outcome_of,
     padded,
     prompts_of_unequal_lengths,
     random_model,
     random_teacher,
     rel,
     results_and_gradients,
+    some_documents,
     some_tokens,
 )
 
 import distill
 import eval as evaluation
 import model_ssm
+import prepare
 from extras import (
     bench_kernel,
     benchmarks,
@@ -1479,3 +1488,56 @@ def test_a_mistake_in_asking_for_pictures_is_one_line(a_run, mistake, complaint)
     with pytest.raises(UsageError, match=re.escape(complaint)) as error:
         pictures.main([str(a_run), "--eval_tokens", "256", *mistake.split()])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.attack
+def test_an_export_that_is_stopped_at_any_change_of_a_file_leaves_nothing_behind(
+        tmp_path, a_run, cases, show, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def job(name):
+        return lambda: export.main([str(a_run), name])
+
+    whole, count = tmp_path / "whole", []
+    code, printed = attempt(lambda: (job("whole")(), print("changes", *count[0])),
+                            lambda: count.append(at_operation(math.inf, None)))
+    assert code == 0, printed
+    changes = int(re.search(r"changes (\d+)", printed)[1])
+    want = {path.name: path.read_bytes() for path in whole.iterdir() if path.suffix != ".md"}
+    outcomes = []
+    for act in (kill, disk_is_full):
+        for at in cases(range(1, changes + 1, 2)):
+            name = f"{act.__name__}-{at}"
+            first = attempt(job(name), lambda: at_operation(at, act))       # noqa: B023
+            if act is disk_is_full:
+                outcomes.append((f"full disk at {at}", outcome_of(*first, lambda: True)))
+            elif not (tmp_path / name).exists():
+                attempt(job(name))
+            if not (tmp_path / name).exists():
+                attempt(job(name))
+            got = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()
+                   if path.suffix != ".md"}
+            # An empty lock file may stay, of a kill just before the end.
+            left = [path.name for path in tmp_path.glob(f".{name}.*") if path.suffix != ".lock"]
+            outcomes.append((f"{name} of {changes}, again", RECOVERED if (got, left) == (want, [])
+                             else f"left {left}, {got.keys() ^ want.keys()}"))
+    show("exports", outcomes)
+
+
+def test_two_studies_at_once_on_a_fresh_clone_end_with_one_table(tmp_path, monkeypatch, small_tiny):
+    monkeypatch.chdir(tmp_path)
+    some_documents(tmp_path / "texts")
+    cells = {"od": "--objective od", "hs": "--objective hs"}
+    command = ["--seeds", "0", "--preset", "tiny", "--data", "texts", "--context", "32", "--batch",
+               "64", "--eval_tokens", "256", "--teacher_tokens", "4096", "--tokens", "128", "128"]
+
+    def study():
+        grid.run_study("objectives", cells, "--n_layer 1", "", command)
+
+    printed = [tmp_path / f"{n}.txt" for n in (1, 2)]
+    children = [in_a_copy(lambda: prepare.run_program(study), path) for path in printed]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0, 0], [path.read_text()[-300:] for path in printed]
+    table = Path("results/study-objectives.md").read_text()
+    assert "| od |" in table and "| hs |" in table
+    assert sum(path.read_text().count("stage 3 | saved") for path in printed) == 2
