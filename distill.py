@@ -13,10 +13,11 @@ distance between the answers:
       2    u, for every i  model.block(i, u)     (B, L, D)      L2 per position  mixers
       3    the tokens      model.logits(tokens)  (B, L, V)      KL               everything
 
-u is the teacher's own input to layer i. (Stages 1 and 3 never make their matrices and logits in
-full, so the code calls model.orientation, and model.hidden and model.head, instead.) Each stage
-starts from the one before and leaves a model folder, out/<run>/stage<N>. What is not a mixer is
-copied from the teacher at the start.
+A mixer is what stands where a layer's attention was; a is the log of its decay, and D its skip,
+one number per head (in shapes, D is the model's width). u is the teacher's own input to layer i.
+(Stages 1 and 3 never make their matrices and logits in full, so the code calls the student's
+orientation, and hidden and head of both, instead.) Each stage starts from the one before and leaves
+a model folder, out/<run>/stage<N>. What is not a mixer is copied from the teacher at the start.
 
     out/<run>/run.json      the command, the teacher, the data, versions
               log.jsonl     one object per step
@@ -80,8 +81,9 @@ LOGITS_AT_ONCE = 2**26      # entries of a (tokens, V) map that stage 3 makes at
 
 # -----------------------------------------------------------------------------
 # The three losses. Each is a generator, so that one layer's graph is freed before the next layer's
-# is built. Layers share no trained weight, so the gradient is that of their sum; the log has their
-# mean. Each yields (loss, relative): relative is the distance as a share of the teacher's own
+# is built. Each backward adds to the gradients, so they are those of the sum over layers; the log
+# has their mean. Each yields (loss, relative): relative is the distance as a share of the teacher's
+# own
 # answer. 0 is the teacher itself; 1 is a mixing matrix of zeros in stage 1, a block that returns
 # its input in stage 2, the uniform distribution in stage 3.
 
@@ -117,8 +119,8 @@ def hidden_state_alignment(student, teacher, tokens):
 def knowledge_distillation(student, teacher, tokens, loss="kl", temperature=1.0, hard_weight=0.0):
     """knowledge distillation: given the tokens, the student predicts what the teacher predicts
 
-    T^2 KL(p_t || p), the mean over tokens, with p = softmax(logits / T): T^2, because the gradients
-    shrink as 1 / T^2. hard_weight adds the usual language-model loss at T = 1.
+    T^2 KL(p || q), the mean over tokens; p is the teacher's softmax(logits / T), q the student's.
+    T^2, because the gradients shrink as 1 / T^2. hard_weight adds the language-model loss at T = 1.
     """
     h, h_t = (model.hidden(tokens).flatten(0, 1) for model in (student, teacher))   # (B L, D)
     next_token = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()     # (B L), -100: unknown
@@ -171,7 +173,8 @@ class Stage(NamedTuple):
 
 STAGES = {
     # A mixing matrix is made of q, k, the decay a, and D on its diagonal. The distance is of small
-    # differences, so it is not autocast. in_proj makes q, k and a, but also v and the gate z.
+    # differences, so it is not autocast. in_proj makes q, k and a, but also v and the gate z; q and
+    # k then pass the convolution, conv1d.
     1: Stage(matrix_orientation, ("mixer.in_proj", "mixer.conv1d", "mixer.D"),
              unreached=("v", "z"), autocast=False),
     # A layer that keeps attention is the teacher's own: it has nothing to align.
@@ -199,7 +202,9 @@ PRESETS = {
         tokens=0.96e6, shares=(1, 6, 17), batch=(256,), eval_tokens=2**16,
         init="fit", lr=(2e-3, 4e-3, 1e-3), warmup=0.1, decay=0.7),
 }
-RECIPE = ("init", "shares", "lr", "warmup", "decay")    # what --recipe takes from another preset
+# What --recipe takes from another preset. (Of a run folder, the recipe is all that decides its
+# weights and report: see recipe_of.)
+RECIPE = ("init", "shares", "lr", "warmup", "decay")
 
 
 # -----------------------------------------------------------------------------
@@ -358,8 +363,8 @@ def train(run, name, stage, student, teacher, data, offset, budget):
 def load_teacher(run, tokenizer, data, data_name):
     """The teacher, frozen, on its device
 
-    With --n_layer its .layers are the evenly spaced ones that the student copies and aligns with;
-    its predictions are still those of all its layers.
+    With --n_layer .layers[i] is the evenly spaced layer that the student's layer i copies and
+    aligns with; its u is its input in the whole teacher, whose predictions are the targets.
     UsageError if the data has ids that it has no embedding for: on a GPU such an id would end the
     run in the middle, with an assertion in some kernel.
     """
@@ -495,7 +500,8 @@ def finish(run):
     last = max(checkpoints.finished)
     for stage in range(1, last + 1):        # earlier stages of this student are read from disk
         # A folder of a stage that was left out (--stage 1 3) is of an older run.
-        of_this_student = stage in args.stage or stage < args.stage[0]
+        of_this_student = stage in args.stage or (
+            stage < args.stage[0] and (run.folder / f"stage{args.stage[0] - 1}").exists())
         if of_this_student and (run.folder / f"stage{stage}").exists():
             rows[f"stage {stage}"] = read_about(run.folder / f"stage{stage}")
     table = report(rows)
@@ -661,8 +667,8 @@ def not_finite(name, step, offset, windows, loss, relative, gnorm):
     """
     cure = "try a lower --lr" if step else "no weight has changed in this stage yet: look at them"
     return UsageError(f"{name} step {step + 1}, windows {offset} to {offset + windows - 1}: loss "
-                      f"{loss} (relative {relative}), gradient norm {gnorm}; these weights were "
-                      f"not saved, {cure}")
+                      f"{loss} (relative {relative}), gradient norm {gnorm}; the step was not "
+                      f"made, {cure}")
 
 
 def flops_per_token(config, hf, stage, L):
@@ -885,7 +891,7 @@ def describe(args, teacher, data_name, world):
 def lock(folder):
     """The context in which no other process writes to a run's folder; rank 0 holds it for all.
 
-    UsageError if another process does. What such a one left half written there is removed.
+    UsageError if another process does. A killed process holds no lock.
     """
     if os.environ.get("RANK", "0") != "0":
         return contextlib.nullcontext()
@@ -901,9 +907,9 @@ def find_finished(args):
     """-> those of args.stage that this very command, in all that decides the weights, has finished
 
     Looked up before anything is loaded. last/ is there while a run is unfinished: then its run.json
-    says what is finished, and the answer here is []. UsageError if the folder has stages of another
-    recipe, or any but the finished ones that args.stage begins with: they would seem to be made of
-    what this command trains.
+    says what is finished, and the answer here is []. UsageError if a stage of args.stage is there
+    of another recipe; or if one is still to be trained, and a later one is there, which would then
+    seem to be made from it.
     """
     folder = run_folder(args)
     if args.fresh or (folder / "last" / "run.json").exists():

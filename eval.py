@@ -535,12 +535,15 @@ def wrapped(text, width):
 # no download (stdlib: the source code of Python's standard library)
 PUBLISHED = {"teacher": "microsoft/phi-1_5", "data": "stdlib", "config": None, "context": 2048,
              "eval_tokens": 2**19, "seed": 0}
-RUN_AGAIN = "run distill.py with --fresh to make it again, or give a stage's folder and --teacher"
+RUN_AGAIN = ("run distill.py with --fresh to make it again, or delete it and give a stage's folder "
+             "and --teacher")
 
 
 def open_run(path, stage=None):
     """A run folder or one of its stage folders -> (run.json as a dict, run folder, stage folder)
 
+    run.json: "arguments" as distill.py was called; "teacher" and "data" as it found them, that is
+    where the weights come from, and the folder of tokens.
     A model folder outside a run, or a hub id, is described as a run of the paper's recipe.
     """
     path = Path(path)
@@ -566,6 +569,7 @@ def open_run(path, stage=None):
         raise UsageError(f"there is no {chosen}: {run} has {finished}")
     about = read_json(run / "run.json", RUN_AGAIN)
     with damage_in_one_line(run / "run.json", RUN_AGAIN):
+        # What PUBLISHED has is needed here: a run must have it too, with the same types.
         for name, value in PUBLISHED.items():
             found = about["arguments"][name]
             if not isinstance(found, str | None if value is None else type(value)):
@@ -578,7 +582,9 @@ def open_run(path, stage=None):
 class EvaluatedRun:
     """The student and the teacher of a run, and the text to measure them on.
 
-    flags: as add_run_flags declares them    args: the run's own arguments, with these flags applied
+    flags: as add_run_flags declares them
+    args: the run's own arguments, with --teacher, --data, --config and --eval_tokens applied
+    context: --context, or that of training, which stays in args.context
     """
 
     def __init__(self, flags):

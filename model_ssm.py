@@ -237,7 +237,8 @@ class Mamba2(nn.Module):
     def matrix(self, h):
         """h (B, L, D) -> M + diag D (B, H, L, L), the mixing matrix with its skip
 
-        Stage 1 compares it with the teacher's attention matrix, head by head. The skip is included
+        Stage 1 brings it near the teacher's attention matrix, head by head, through orientation(),
+        which never makes it: this is for the initialisations, and for looking. The skip is included
         because attention has none: M and D together must match the diagonal of attention's matrix.
         """
         q, k, _, a, _, _ = self.project(h)
@@ -283,7 +284,7 @@ def last_inputs(conv_state, vkq, mask):
     n = conv_state.shape[1]                                             # K - 1
     inputs = torch.cat([conv_state, vkq], dim=1)                        # (B, K - 1 + L, C)
     if mask is None:
-        return inputs[:, -n:]
+        return inputs[:, inputs.shape[1] - n:]          # not -n, which is all of them where n = 0
     # A row with m tokens of text has its last K - 1 inputs at m, ..., m + K - 2 of `inputs`.
     index = mask.sum(1, keepdim=True) + torch.arange(n, device=mask.device)         # (B, K - 1)
     return inputs.gather(1, index[..., None].expand(-1, -1, inputs.shape[-1]))
@@ -400,10 +401,10 @@ def mixer_class(name):
 # The model
 
 class Block(nn.Module):
-    """One layer: norms, mixer, MLP, in the teacher's arrangement (see the header's picture).
+    """One layer: norms, mixer, MLP, in one of the header's two shapes of block
 
-    Everything but the mixer has the teacher's weights. In a hybrid some mixers are attention, and
-    have them too.
+    from_teacher starts all but the mixer from the teacher's weights; distill.py says what each
+    stage trains. In a hybrid some mixers are attention, and start from them too.
     """
 
     def __init__(self, config, i):
@@ -487,8 +488,9 @@ def prompt_lengths(prompts):
 class SSM(nn.Module, Generation):
     """The student, with one method per stage: matrix(i, u), block(i, u), logits(tokens)
 
-    Made by from_teacher or from_pretrained. SSM(config) has random weights. Its SSM layers are
-    those whose mixer is not attention: in a hybrid some, otherwise all.
+    In stages 1 and 2 u is the input of the teacher's layer i, so each layer learns by itself. Made
+    by from_teacher or from_pretrained; SSM(config) has random weights. SSM layers are those whose
+    mixer is not attention: in a hybrid some, otherwise all.
     """
 
     def __init__(self, config):
@@ -582,7 +584,7 @@ class SSM(nn.Module, Generation):
 
         mask (B, L): False where a row is padding, on either side or inside. Tokens are computed as
         if padding were not there. The hidden state at padding is that of the token before it, or
-        of the row's first token.
+        of the row's first token; in a row of padding alone it means nothing.
         """
         if mask is not None:
             # The mixers want padding on the right, so the text of each row moves to the left.
@@ -1122,7 +1124,7 @@ def check_sizes(config):
     numbered = (*config.attn_layers, *(config.window_layers or ()))
     if not all(i in range(config.n_layer) for i in numbered):
         raise ValueError(f"it names layers {numbered} of {config.n_layer}")
-    if not all(isinstance(x, int | float) and 0 < x <= 1 for x in config.inv_freq):
+    if not all(isinstance(x, int | float) and 0 <= x <= 1 for x in config.inv_freq):
         raise ValueError(f"inv_freq is {str(config.inv_freq)[:40]}")
     if (2 * len(config.inv_freq) > config.head_dim or config.block not in ("phi", "llama")
             or config.n_head % config.n_qk_head or config.n_head % config.n_kv_head):

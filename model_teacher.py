@@ -116,8 +116,8 @@ class Teacher(Generation):
         """
         path, options = resolve_name(name)
         transformers_logging.disable_progress_bar()
-        if not options:                             # a GGUF file's is read with its weights
-            hf_config(name)
+        if not options:     # for its checks alone, before the weights are read
+            hf_config(name)             # (the config of a GGUF file comes with its weights)
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options)
@@ -144,7 +144,8 @@ class Teacher(Generation):
     def shapes(self):
         """What a student shares with it: {field of model_ssm.Config: value}
 
-        The shapes, and the rotary frequencies, for layers that keep attention in a hybrid.
+        The shapes; and the rotary frequencies, which only a hybrid needs, a student in which some
+        layers keep the teacher's attention.
         """
         # A second rotary embedding, on the CPU: that of a teacher on "meta" has no numbers.
         rotary = type(self.decoder.rotary_emb)(self.config)
@@ -159,10 +160,10 @@ class Teacher(Generation):
 
     @functools.cached_property
     def fingerprint(self):
-        """Two hashes of all weights and shapes, joined by "-": a run goes on only with its teacher.
+        """A hash of all weights, in bf16, and of the shapes: a run goes on only with its teacher.
 
-        The first is of the weights in bf16, so it is the same in each dtype a teacher is loaded in.
-        The second, of a teacher in fp32, is of all bits. See has_fingerprint.
+        It is the same in each dtype a teacher is loaded in. A teacher in fp32 has a second, "-" and
+        a hash of all bits of its weights. has_fingerprint compares the parts that both have.
         """
         in_bf16, in_fp32 = xxhash.xxh3_128(), xxhash.xxh3_128()
         for name, w in progress_bar(self.model.state_dict().items(), "hash the teacher"):

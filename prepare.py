@@ -8,10 +8,10 @@ The result is one folder. It gets its name only when it is complete. If the comm
 same command goes on from data/.<name>.partial and ends with the same bytes:
 
     data/<name>/train_00000.bin ...   only token ids, uint16 (uint32 if the vocabulary needs it)
-                val.bin               for validation: every 25th token or so, in complete documents,
-                                      until it has 4 million. Long documents are cut in parts, text
-                                      files about every 65,536 characters, and each part is for
-                                      training or for validation (Python's library is not cut)
+                val.bin               for validation, up to 4 million tokens: about one in 25,
+                                      by documents, and long documents by parts (text files about
+                                      every 65,536 characters; Python's library is not cut). A part
+                                      that does not end its document has no <|endoftext|> after it
                 meta.json             tokenizer, vocabulary, counts, source, every shard's checksum
 
     document | <|endoftext|> | document | <|endoftext|> | ...   packed end to end, read in windows
@@ -332,7 +332,8 @@ class Documents:
         record: {"place", "read"}, as JSON. Of files, place is the number of pieces before: they are
                 read again and thrown away, which takes little time beside tokenising. Of a data
                 set of the hub it is the state of its iterator. read is self.read. prepare() has
-                both in its meta.json: place None before anything is read, none when all is saved
+                both in its meta.json: place is null before anything is read, and the key is
+                removed when all is saved
         """
         batch, size = [], 0
         for text, ends in self.pieces(record or {}):
@@ -746,7 +747,8 @@ def parts_of(pieces, eot):
     """Split each long document: otherwise all of it would be for training, or for validation.
 
     Into 25 parts or more, so that about one of them, a share of HELD_OUT, goes to val.bin. What has
-    no `eot` at its end is a part already, of a text file that read_text has cut.
+    no `eot` at its end is a part already, of a text file that read_text has cut; its last part has
+    one, and is cut again if it is longer than PIECE tokens.
     """
     for ids in pieces:
         parts = 1

@@ -154,10 +154,10 @@ def decay_matrix(a):
             [0.5000, 1.0000, 0.0000],
             [0.1250, 0.2500, 1.0000]])
     """
-    # floored replaces -inf by a finite number whose e^a is 0 too. The running sum of a is W + A:
-    # each a_t is a multiple of 16 and a rest (-100 = -96 - 4), W sums the multiples, without
-    # rounding, and A the rests. W's differences come first, so that a reset costs later tokens no
-    # digits.
+    # floored replaces -inf by a finite number whose e^a is 0 too. In one running sum a reset, say
+    # a = -100, would round every later small a_t. So the sum is kept as W + A (see running_sums): W
+    # sums each a_t's multiple of 16 (-96), exactly, and A the rests (-4). W's differences come
+    # first.
     W, A = running_sums(floored(a, at_least_fp32(a.dtype)))
     gap = W[..., :, None] - W[..., None, :]
     gap.add_(A[..., :, None]).sub_(A[..., None, :])     # <= 0 wherever j <= i
@@ -825,7 +825,8 @@ def orientation_loss(q_t, k_t, scale, q, k, a, D, window=None, return_size=False
     then (* is elementwise):
         dq = (E * decay) k    dk = (E * decay)^T q    dD = trace E
         dA_i = sum_j (E * M)[i, j] - sum_j (E * M)[j, i]
-    with A the running sum of a (W + A in the code), hence da = reverse cumulative sum of dA. Its
+    with A the running sum of a, hence da = reverse cumulative sum of dA. (The blocked form has A as
+    W + A; the kernel has it from the tile's start and to base 2, but dA is of this A.) Its
     rounding errors grow with L. Chunked.backward sums inside chunks only, as states stand for the
     rest, but the softmax in E has no states. At the lengths of training the errors are small.
     """
@@ -982,7 +983,7 @@ def orientation_kernel(x_t, z_t, scale, window, x, z, a, D, lse, dx, dA, sums, L
     squares = zero                                                      # of E
     squares_t = zero                                                    # of the teacher's matrix
     trace = zero                                                        # of E
-    # The decay from token j to token i is A_i - A_j + starts, where A counts from each tile's start
+    # log2 of the decay from token j to i is A_i - A_j + starts, where A counts from a tile's start
     # and `starts` from the start of the earlier tile to that of the later one: the earlier tile's
     # total, and `between`, the totals of the tiles that lie between. On the diagonal it is 0.
     between = 0.0

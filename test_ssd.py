@@ -2629,8 +2629,8 @@ def test_a_recipe_is_the_start_the_rates_and_the_schedule_of_another_preset():
     paper, phi, own = (distill.parse(["--preset", "tiny", *more]) for more in (
         ("--recipe", "paper"), ("--recipe", "phi"), ()))
     assert vars(paper) | {"recipe": 0} == vars(phi) | {"recipe": 0}
-    assert sum(budget.tokens for budget in paper.budgets.values()) == 1_200_000
-    assert sum(budget.tokens for budget in own.budgets.values()) == 1_200_000
+    assert sum(budget.tokens for budget in paper.budgets.values()) == 960_000
+    assert sum(budget.tokens for budget in own.budgets.values()) == 960_000
     assert [budget.lr for budget in paper.budgets.values()] == [5e-4, 2e-3, 5e-4]
     assert paper.init == "mohawk" != own.init and own.budgets[3].batch == paper.budgets[3].batch
 
