@@ -152,6 +152,7 @@ class Tokenizer:
         """-> an array of ids for each text. Text that spells a special token is split as other text
         is, because otherwise it could end its own document."""
         texts = [without_surrogates(text) for text in texts]
+        # Long white space, on which tiktoken panics, goes to `hf`; bytes are matched 64 at a time.
         if self.tiktoken and not (self.hf and any(map(has_long_blank, texts))):
             # Outside the GIL, and with no Python int for each token
             return [self.tiktoken.encode_to_numpy(text, disallowed_special=()) for text in texts]
@@ -246,8 +247,8 @@ def gpt2_encoding(hf):
 
     Phi adds runs of 2 to 31 spaces and of 2 to 9 tabs to GPT-2's vocabulary. The tokenizer looks
     for these before all else in a text, so they come first in the pattern, and the rest of the
-    pattern must not take their spaces. They are no special tokens: tiktoken would look for special
-    tokens only on request.
+    pattern must not take their spaces. They go among the ranks: what the pattern matches and is a
+    rank as a whole becomes that id, with no merges.
     """
     backend = getattr(hf, "backend_tokenizer", None)
     if backend is None:                                         # a tokenizer in Python
@@ -279,7 +280,9 @@ def gpt2_encoding(hf):
     ranks |= {run.encode(): n for run, n in added.items()}
     first = r" {2,31}|\t{2,9}|" if added else ""                # Phi's runs
     space = r"(?:(?! {2}|\t{2})\s)" if added else r"\s"         # one that starts no run
-    # GPT-2's pattern, with possessive quantifiers (++), which do not backtrack.
+    # GPT-2's pattern, with possessive quantifiers (++), which do not backtrack. Its white space,
+    # \s+(?!\S)|\s+, is: all of it at the end of the text or before one of Phi's runs; else all but
+    # its last character; else that one.
     words = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|"
     pattern = first + words + rf"{space}++(?!\S)|{space}+(?={space})|{space}"
     # encode_to_numpy is slow where there is no special token to look for.
