@@ -13,11 +13,12 @@ distance between the answers:
       2    u, for every i  model.block(i, u)     (B, L, D)      L2 per position  mixers
       3    the tokens      model.logits(tokens)  (B, L, V)      KL               everything
 
-A mixer is what stands where a layer's attention was; a is the log of its decay, and D its skip,
-one number per head (in shapes, D is the model's width). u is the teacher's own input to layer i.
-(Stages 1 and 3 never make their matrices and logits in full, so the code calls the student's
-orientation, and hidden and head of both, instead.) Each stage starts from the one before and leaves
-a model folder, out/<run>/stage<N>. What is not a mixer is copied from the teacher at the start.
+A mixer is what stands where a layer's attention was; a, the log of its decay, is a number per token
+and head, D, its skip, a number per head (in shapes, D is the model's width). u is the teacher's own
+input to layer i. (Stages 1 and 3 never make their matrices and logits in full, so the code calls
+the student's orientation, and hidden and head of both, instead.) Each stage starts from the one
+before and leaves a model folder, out/<run>/stage<N>. What is not a mixer is copied from the teacher
+at the start.
 
     out/<run>/run.json      the command, the teacher, the data, versions
               log.jsonl     one object per step
@@ -173,8 +174,8 @@ class Stage(NamedTuple):
 
 STAGES = {
     # A mixing matrix is made of q, k, the decay a, and D on its diagonal. The distance is of small
-    # differences, so it is not autocast. in_proj makes q, k and a, but also v and the gate z; q and
-    # k then pass the convolution, conv1d.
+    # differences, so it is not autocast. in_proj makes q, k and a, but also v and the gate z; v, q
+    # and k then pass the convolution, conv1d.
     1: Stage(matrix_orientation, ("mixer.in_proj", "mixer.conv1d", "mixer.D"),
              unreached=("v", "z"), autocast=False),
     # A layer that keeps attention is the teacher's own: it has nothing to align.
@@ -326,7 +327,7 @@ def train(run, name, stage, student, teacher, data, offset, budget):
                 run.checkpoints.save_and_stop(name, step, steps, progress.seconds, student, params,
                                               optimizer, run.stop)
             first = offset + (micro * world + run.rank) * B
-            # Windows have L + 1 tokens for next-token losses. Here the last has no next token.
+            # data.batch adds the token after each window, which only an evaluation needs.
             tokens = data.batch(first, B, L)[:, :-1].to(run.device)     # (B, L)
             last = micro + 1 == accumulate
             with run.autocast(stage), contextlib.nullcontext() if last else no_sync():
@@ -802,7 +803,8 @@ class Run:
                     delete(self.folder / f"stage{stage}")
             delete(self.checkpoints.folder)
             self.checkpoints.folder.mkdir(parents=True)
-            self.open_log({f"stage {stage}": 0 for stage in self.args.stage})
+            self.open_log({f"stage {stage}": 0 for stage in self.args.stage
+                           if stage not in self.checkpoints.finished})
             self.write_description()
         barrier()
 
@@ -944,8 +946,9 @@ def show_finished(args):
                f"--fresh starts over\n\n{table}\nnext: python eval.py {folder}")
 
 
-# Flags that may differ when a run goes on: they say where it is computed, and how fast. (What
-# tokens, batch and lr come to, for each stage, is in the budgets, which recipe_of_arguments adds.)
+# Flags that are not compared as they are: those that say where and how fast it runs, which may
+# differ when a run goes on; and --stage, --tokens, --batch, --lr, which are compared as the budgets
+# that they come to, and --preset and --recipe as the other flags.
 NOT_RECIPE = {
     "out", "device", "fresh", "recompute", "save_minutes", "preset", "recipe", "tokens", "batch",
     "lr", "budgets", "micro_batch", "stage", "fsdp", "compile", "world",

@@ -383,7 +383,8 @@ class Documents:
         return clean
 
     def _from_files(self):
-        # Python's library: all its files are text, and short enough to be read and split as a whole
+        # Python's library: all its files are text, and short. Each is read whole, and goes whole to
+        # training or to validation.
         library = self.source == "stdlib"
         for path in self.paths:
             with errors_in_one_line(f"read {path}"):
@@ -711,8 +712,8 @@ def with_progress(error, folder, partial):
 def write_shards(documents, partial, tokenizer, meta):
     """Write shards from meta["place"] on to the end of the text or the budget, and update `meta`.
 
-    A document goes to val.bin whenever that has less than HELD_OUT of the tokens so far, up to
-    HELD_OUT_MOST. So until then the documents for validation come evenly from the text.
+    A document, or each part of a long one, goes to val.bin whenever that has less than HELD_OUT of
+    the tokens so far, up to HELD_OUT_MOST. So until then val.bin comes evenly from the text.
     """
     budget = meta["budget"]
     unsaved = {"train": [], "val": []}              # arrays of ids
