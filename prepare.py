@@ -383,8 +383,8 @@ class Documents:
         return clean
 
     def _from_files(self):
-        # Python's library: all its files are text, and short. Each is read whole, and goes whole to
-        # training or to validation.
+        # Python's library: all its files are text, and short. Each is read at once, and goes
+        # to training or to validation as one piece.
         library = self.source == "stdlib"
         for path in self.paths:
             with errors_in_one_line(f"read {path}"):
@@ -725,7 +725,7 @@ def write_shards(documents, partial, tokenizer, meta):
                mininterval=0.5, desc=f"prepare {documents.source}") as bar):
         for pieces, record in stream:
             meta |= record                          # "place" and "read"
-            if documents.source != "stdlib":        # whose files are never split
+            if documents.source != "stdlib":        # whose files are never cut
                 pieces = parts_of(pieces, tokenizer.eot)
             for ids in pieces:
                 share = HELD_OUT * (meta["train_tokens"] + meta["val_tokens"])
