@@ -115,7 +115,7 @@ class Teacher(Generation):
         its config.json: transformers alone would fill missing weights with random numbers.
         """
         path, options = resolve_name(name)
-        transformers_logging.disable_progress_bar()
+        show_loading(path, options)
         if not options:     # for its checks alone, before the weights are read
             hf_config(name)             # (the config of a GGUF file comes with its weights)
         try:
@@ -364,6 +364,14 @@ def resolve_name(name):
         raise UsageError(f"no such teacher: {name}")
     go_offline_if_unreachable()
     return name, {}
+
+
+def show_loading(path, options):
+    """transformers' progress bar, where loading may take seconds: above 100 MB, or from the hub"""
+    files = [Path(path) / options["gguf_file"]] if options else Path(path).glob("*")
+    small = Path(path).exists() and sum(file.stat().st_size for file in files) < 10**8
+    (transformers_logging.disable_progress_bar if small
+     else transformers_logging.enable_progress_bar)()
 
 
 def cure(name, path):
