@@ -84,9 +84,8 @@ LOGITS_AT_ONCE = 2**26      # entries of a (tokens, V) map that stage 3 makes at
 # The three losses. Each is a generator, so that one layer's graph is freed before the next layer's
 # is built. Each backward adds to the gradients, so they are those of the sum over layers; the log
 # has their mean. Each yields (loss, relative): relative is the distance as a share of the teacher's
-# own
-# answer. 0 is the teacher itself; 1 is a mixing matrix of zeros in stage 1, a block that returns
-# its input in stage 2, the uniform distribution in stage 3.
+# own answer. 0 is the teacher itself; 1 is a mixing matrix of zeros in stage 1, a block that
+# returns its input in stage 2, the uniform distribution in stage 3.
 
 def matrix_orientation(student, teacher, tokens):
     """matrix orientation: given the teacher's input, each mixer's matrix is its attention matrix

@@ -166,13 +166,15 @@ class Teacher(Generation):
         a hash of all bits of its weights. has_fingerprint compares the parts that both have.
         """
         in_bf16, in_fp32 = xxhash.xxh3_128(), xxhash.xxh3_128()
+        exact = next(self.model.parameters()).dtype == torch.float32
         for name, w in progress_bar(self.model.state_dict().items(), "hash the teacher"):
             in_bf16.update(name.encode())
             in_bf16.update(w.bfloat16().flatten().view(torch.int16).cpu().numpy())
-            in_fp32.update(w.float().flatten().cpu().numpy())
+            if exact:
+                in_fp32.update(w.float().flatten().cpu().numpy())
         in_bf16.update(json.dumps([self.shapes, self.config.hidden_act]).encode())
-        exact = next(self.model.parameters()).dtype == torch.float32
-        return "-".join([in_bf16.hexdigest(), *[in_fp32.hexdigest()] * exact])
+        parts = [in_bf16, in_fp32] if exact else [in_bf16]
+        return "-".join(part.hexdigest() for part in parts)
 
     @functools.cached_property
     def older_fingerprint(self):
@@ -370,8 +372,10 @@ def show_loading(path, options):
     """transformers' progress bar, where loading may take seconds: above 100 MB, or from the hub"""
     files = [Path(path) / options["gguf_file"]] if options else Path(path).glob("*")
     small = Path(path).exists() and sum(file.stat().st_size for file in files) < 10**8
-    (transformers_logging.disable_progress_bar if small
-     else transformers_logging.enable_progress_bar)()
+    if small:
+        transformers_logging.disable_progress_bar()
+    else:
+        transformers_logging.enable_progress_bar()
 
 
 def cure(name, path):
