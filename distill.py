@@ -69,7 +69,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from eval import choose_device, compare
-from model_ssm import (INITS, SSM, WRITTEN_AGAIN, Config, UsageError, check_folder,
+from model_ssm import (INITS, SSM, WRITTEN_AGAIN, Config, UsageError, about_of, check_folder,
                        damage_in_one_line, delete, file_checksum, first_line, flush, read_json,
                        write_json, write_file)
 from model_teacher import TINY, TINY_BATCH, TINY_CONTEXT, Teacher, hf_config, train_tiny
@@ -529,7 +529,7 @@ def report(rows):
 
 def read_about(folder):
     """What run_stage wrote about a stage's student: its tokens, seconds, scores, teacher"""
-    return read_json(folder / "config.json", WRITTEN_AGAIN).get("about", {})
+    return about_of(read_json(folder / "config.json", WRITTEN_AGAIN), folder)
 
 
 def first_line_of_doc(loss_fn):

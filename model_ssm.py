@@ -718,10 +718,7 @@ class SSM(nn.Module, Generation):
         file = read_json(folder / "config.json", WRITTEN_AGAIN)
         shapes, load = open_weights(folder, file.get("weights"))
         config = read_config(file, most_layers=len(shapes))     # a layer has a tensor at least
-        how_made = file.get("about", {})
-        if not isinstance(how_made, dict):
-            raise UsageError(f"{folder}/config.json is damaged (about is {str(how_made)[:40]}): "
-                             f"{WRITTEN_AGAIN}")
+        how_made = about_of(file, folder)
         with torch.device("meta"):                  # no memory yet, whatever config.json asks for
             expected = {name: w.shape for name, w in cls(config).state_dict().items()}
         if config.tie_embeddings:
@@ -757,7 +754,16 @@ def check_folder(folder):
     """UsageError if a model folder is not as save_pretrained wrote it. -> how the model was made"""
     file = read_json(folder / "config.json", WRITTEN_AGAIN)
     open_weights(folder, file.get("weights"))
-    return file.get("about", {})
+    return about_of(file, folder)
+
+
+def about_of(file, folder):
+    """file: config.json of a model folder, as a dict -> what it says of how the model was made"""
+    about = file.get("about", {})
+    if not isinstance(about, dict):
+        raise UsageError(f"{folder}/config.json is damaged (about is {str(about)[:40]}): "
+                         f"{WRITTEN_AGAIN}")
+    return about
 
 
 def open_weights(folder, checksum):
