@@ -713,7 +713,8 @@ def write_shards(documents, partial, tokenizer, meta):
     """Write shards from meta["place"] on to the end of the text or the budget, and update `meta`.
 
     A document, or each part of a long one, goes to val.bin whenever that has less than HELD_OUT of
-    the tokens so far, up to HELD_OUT_MOST. So until then val.bin comes evenly from the text.
+    the tokens so far, up to HELD_OUT_MOST. So until then val.bin comes evenly from the text: any
+    stretch 26 times as long as the longest document or part, such as a source, has some in it.
     """
     budget = meta["budget"]
     unsaved = {"train": [], "val": []}              # arrays of ids

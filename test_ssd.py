@@ -39,6 +39,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -1721,6 +1722,17 @@ def test_where_nothing_is_text_the_complaint_says_why(tmp_path):
         prepare.prepare(str(tmp_path / "one.json"), tmp_path / "out", Tokenizer("bytes"))
 
 
+def test_a_folder_with_nothing_to_read_is_one_line_and_makes_nothing(here, start):
+    (here / "nothing").mkdir()
+    for files in ([], ["a.pdf", "b.docx"]):
+        for name in files:
+            (here / "nothing" / name).write_text("whatever")
+        code, _, said = start(HERE / "prepare.py", "--data", "nothing", cwd=here).wait()
+        assert code == 2 and re.fullmatch("error: nothing to read in nothing: it takes .txt .md "
+                                          r"[^\n]+\n", said), said
+    assert [path.name for path in here.iterdir()] == ["nothing"]
+
+
 def test_counts_do_not_depend_on_cores_or_on_how_often_it_was_stopped(
         tmp_path, monkeypatch, small, capsys):
     folder, tokenizer = tmp_path / "texts", Tokenizer("bytes")
@@ -1783,6 +1795,56 @@ def test_of_few_long_documents_a_part_is_held_out(tmp_path, monkeypatch, kind, s
     letters = [collections.Counter("".join(some)) for some in (texts, train + held_out)]
     assert letters[0] == letters[1]
     assert any(held_out[0][:1000] in text for text in texts)
+
+
+def test_each_source_of_a_folder_is_in_both_parts_if_it_is_26_times_the_largest_document(tmp_path):
+    # A part goes to val.bin when that has less than 4%, so it then has at most 96% of a part too
+    # many. These are due again after 96 / 4 = 24 parts of training text; the last of them may
+    # overlap by one, and the next, the 26th, is held out.
+    draw, largest = np.random.default_rng(0), 400
+    for case, sources in enumerate([1, 2, 7]):
+        folder = tmp_path / f"texts{case}"
+        for source in map(str, range(sources)):
+            (folder / source).mkdir(parents=True)
+            size = 0                            # in tokens: bytes, and one for each document's end
+            while size < 26 * largest:
+                text = source * (draw.integers(1, largest) if size else largest - 1)
+                (folder / source / f"{size:05}.txt").write_text(text)
+                size += len(text) + 1
+        prepare.prepare(str(folder), tmp_path / f"out{case}", Tokenizer("bytes"))
+        for documents in documents_of(tmp_path / f"out{case}"):
+            assert {text[0] for text in documents} == set(map(str, range(sources)))
+
+
+def test_the_scripts_parse_and_texts_of_packages_have_no_markup_left(tmp_path):
+    for script in (HERE / "results").glob("*.sh"):
+        assert subprocess.run(["bash", "-n", script]).returncode == 0, script
+    page = """<html><head><title>no</title></head><body><ul class="docnav top"><li><ul><li>no</ul>
+        </ul><h1>A  title<a class="headerlink">no</a></h1><p> Fish &amp;
+        <b>chips</b>,<br> twice</p><script>no</script>
+        <pre>if x:\n    y &lt; 1\n</pre></body></html>"""
+    entries = "licence\n" + "".join(
+        f"{n} \\{n}\\ (nul), n. [L.]\n   See {{more}}" + " of it" * 1500
+        + ".\n   [1913 Webster]\n\n   2. Other.\n\n" for n in range(30))
+    packages = {"doc/anarchism/html/a.html": page.encode(),
+                "dictd/gcide.dict.dz": gzip.compress(entries.encode() + b"\x92"),
+                "doc/debian-handbook/html/de-DE/b.html": b"<p>nein</p>"}
+    with tarfile.open(tmp_path / "tar", "w") as tar:
+        for name, data in packages.items():
+            member = tarfile.TarInfo(f"./usr/share/{name}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    code = (HERE / "results" / "texts.sh").read_text("utf-8")
+    code = re.search(r"<<'PYTHON'\n(.*?)\nPYTHON\n", code, re.S)[1]
+    with open(tmp_path / "tar", "rb") as tar:
+        subprocess.run([sys.executable, "-c", code, tmp_path / "out"], stdin=tar, check=True)
+    texts = {path.name: path.read_text("utf-8") for path in (tmp_path / "out").iterdir()}
+    assert texts.pop("a-000.txt") == (
+        "A title\n\nFish & chips,\ntwice\n\nif x:\n    y < 1\n")
+    # an entry has 9,000 characters and some: six in 60,000, five files, of which two are taken
+    entry = "{}, n. [L.] See more" + " of it" * 1500 + ".\n\n   2. Other.\n\n"
+    assert texts == {f"gcide-{n:03}.txt": "".join(map(entry.format, range(6 * n, 6 * n + 6)))
+                     for n in (0, 3)}
 
 
 def test_pythons_library_is_held_out_in_whole_files_as_it_always_was(tmp_path):
