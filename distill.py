@@ -36,6 +36,7 @@ extras.pictures read what a run leaves. Each has a -h of its own.
 import argparse
 import atexit
 import contextlib
+import ctypes
 import datetime
 import functools
 import importlib.util
@@ -65,7 +66,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from eval import choose_device, compare
@@ -75,10 +75,7 @@ from model_ssm import (INITS, SSM, WRITTEN_AGAIN, Config, UsageError, about_of, 
 from model_teacher import TINY, TINY_BATCH, TINY_CONTEXT, Teacher, hf_config, train_tiny
 from prepare import (Parser, Tokenizer, at_least_one, count, fraction, locked, nonempty,
                      not_negative, open_data, positive, run_program, source_of_text, temperature)
-from ssd_kernel import chunk_length, ssd_path
-
-LOGITS_AT_ONCE = 2**26      # entries of a (tokens, V) map that stage 3 makes at once, in fp32
-
+from ssd_kernel import chunk_length, distillation_loss, ssd_path
 
 # -----------------------------------------------------------------------------
 # The three losses. Each is a generator, so that one layer's graph is freed before the next layer's
@@ -124,40 +121,10 @@ def knowledge_distillation(student, teacher, tokens, loss="kl", temperature=1.0,
     """
     h, h_t = (model.hidden(tokens).flatten(0, 1) for model in (student, teacher))   # (B L, D)
     next_token = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()     # (B L), -100: unknown
-    # The logits of some thousand tokens at a time, made again in the backward: no (B L, V) tensor
-    # exists. With Phi's 51,200 words, 2^14 tokens and fp32 each would take 3.4 GB.
-    rows = max(1, LOGITS_AT_ONCE // student.config.vocab_size)
-    parts = []
-    for part in zip(h.split(rows), h_t.split(rows), next_token.split(rows), strict=True):
-        parts.append(checkpoint(distillation_sums, student, teacher, *part, temperature,
-                                hard_weight > 0, use_reentrant=False))
-    kl, entropy, uniform, hard = (sum(part) for part in zip(*parts, strict=True))   # over tokens
-    # -sum p log q = KL + entropy. The entropy is the teacher's own, so the gradient is the same.
-    soft = kl + entropy if loss == "ce" else kl
-    hard = hard_weight * hard / (next_token >= 0).sum()
-    yield temperature**2 * soft / len(h) + hard.to(soft), kl.detach() / uniform
-
-
-def distillation_sums(student, teacher, h, h_t, next_token, temperature, hard):
-    """Final hidden states (n, D) of both, next tokens (n) -> four sums over n
-
-    KL(teacher || student), the teacher's entropy, KL(teacher || uniform), at this temperature; and
-    if `hard` the next token's -log probability, at temperature 1.
-    """
-    # The student's logits are in fp32, because in bf16 they are off by percents. The teacher's head
-    # computes in the dtype of its weights.
-    with torch.autocast(h.device.type, enabled=False):
-        logits = student.head(h.float())                                # (n, V)
-        logits_t = teacher.head(h_t).float()                            # (n, V)
-        hard_loss = torch.zeros(())
-        if hard:
-            hard_loss = F.cross_entropy(logits, next_token, reduction="sum")
-        log_q = (logits / temperature).log_softmax(-1)
-        log_p = (logits_t / temperature).log_softmax(-1)
-    p = log_p.exp()
-    entropy = -(p * log_p).sum()
-    uniform = len(p) * math.log(p.shape[-1]) - entropy  # for one token KL(p || 1/V) = log V - H(p)
-    return (p * (log_p - log_q)).sum(), entropy, uniform, hard_loss
+    head, head_t = student.lm_head, teacher.model.lm_head
+    # No (B L, V) map of logits exists: see distillation_loss.
+    yield distillation_loss(h, head.weight, h_t, head_t.weight, head.bias, head_t.bias, next_token,
+                            loss, temperature, hard_weight)
 
 
 class Stage(NamedTuple):
@@ -766,16 +733,17 @@ class Run:
         self.args, self.folder = args, run_folder(args)
         self.device, self.bf16, why = choose_device(args.device, args.fp32)
         self.rank, self.world = init_processes(self.device)
-        on_gpu_in_bf16 = self.device == "cuda" and self.bf16
         # The teacher's: it is frozen, so bf16 costs it no update. The student's weights stay fp32.
-        self.dtype = torch.bfloat16 if on_gpu_in_bf16 else torch.float32
+        self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         self.stop = None
         self.budget = sum(budget.tokens for budget in args.budgets.values())
         self.checkpoints = Checkpoints(self.folder / "last", self.rank)
         self.peak, source = peak_of(self.device, self.bf16)
         print(f"device {self.device} ({why}) | weights and stage 1 in fp32, stages 2 and 3 "
               f"{'autocast to bf16' if self.bf16 else 'in fp32'} | SSD in {ssd_path(self.device)}")
-        if on_gpu_in_bf16:
+        if self.device == "cpu":
+            keep_freed_memory()
+        if self.device == "cuda" and self.bf16:
             # What stays in fp32 (stage 1, the head) is multiplied in TF32: ten times as fast, and
             # its 10 bits are more than the 7 that all else has.
             torch.set_float32_matmul_precision("high")
@@ -858,6 +826,16 @@ class Run:
         """run.json: enough to repeat the run, and for eval.py to find its teacher and data"""
         self.description |= more
         write_json(self.folder / "run.json", self.description)
+
+
+def keep_freed_memory():
+    """Let malloc keep what is freed. Else each large tensor is made of new pages, and to get them
+    from the system takes several times as long as to compute what goes in. On Linux only."""
+    if platform.libc_ver()[0] == "glibc":
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # of malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def read_log(path):

@@ -40,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 
 from model_ssm import Generation, UsageError, first_line, go_offline_if_unreachable
 from model_ssm import progress_bar, prompt_lengths, rename, replacing, shapes_of, windows_of
-from ssd_kernel import attention_matrix
+from ssd_kernel import at_least_fp32, attention_matrix
 
 FAMILIES = ("phi", "llama", "mistral", "qwen2", "qwen3")
 MOST_LAYERS = 1000
@@ -102,6 +102,7 @@ class Teacher(Generation):
         model.set_attn_implementation("captured")   # causal_attention, above
         self.decoder = model.model                  # everything but the head
         self.layers = self.decoder.layers
+        self.dtype = self.decoder.embed_tokens.weight.dtype
         phi = self.config.model_type == "phi"
         self.final_norm = self.decoder.final_layernorm if phi else self.decoder.norm
         self.windows = windows_of(self.config)      # keys that a query of layer i sees; None: all
@@ -199,15 +200,16 @@ class Teacher(Generation):
     def inputs(self, tokens, only=None):
         """tokens (B, L) -> yields (i, u) for each layer, or each in `only`
 
-        u (B, L, D) is the input of layer i, before its norm: the hidden state after i layers.
+        u (B, L, D) is the input of layer i, before its norm: the hidden state after i layers, in
+        fp32, as the student computes. A layer in bf16 rounds it: from another layer it came so.
         """
         # At a yield torch brings the caller's mode back: there a stage trains the student.
         wanted = set(range(len(self.layers)) if only is None else only)
-        u = self.decoder.embed_tokens(tokens)
+        u = self.decoder.embed_tokens(tokens).to(at_least_fp32(self.dtype))
         for i in range(max(wanted, default=-1) + 1):
             if i in wanted:
                 yield i, u
-            u = self.block(i, u)
+            u = self.block(i, u).to(u.dtype)
 
     @torch.no_grad()
     def run_layer(self, i, u):
@@ -218,7 +220,8 @@ class Teacher(Generation):
         once. Both pass the same tensor object, so `is` finds it.
         """
         if self.last_run is None or self.last_run[0] != i or self.last_run[1] is not u:
-            output = self.layers[i](u, attention_mask=None, position_embeddings=self.rotary(u))
+            output = self.layers[i](u.to(self.dtype), attention_mask=None,
+                                    position_embeddings=self.rotary(u.to(self.dtype)))
             q = captured_qk["q"].transpose(1, 2)                                    # (B, L, H, N)
             k = captured_qk["k"].transpose(1, 2)                                    # (B, L, G, N)
             self.last_run = i, u, (output, q, k, captured_qk["scale"])
@@ -251,6 +254,7 @@ class Teacher(Generation):
     def mixer(self, i, u):
         """u (B, L, D) -> (B, L, D), what the attention of layer i adds to the hidden state"""
         layer = self.layers[i]
+        u = u.to(self.dtype)
         return layer.self_attn(layer.input_layernorm(u), attention_mask=None,
                                position_embeddings=self.rotary(u))[0]
 
@@ -281,7 +285,7 @@ class Teacher(Generation):
     @torch.no_grad()
     def head(self, h):
         """h (..., D) of any dtype -> logits (..., V) in the weights' dtype"""
-        return self.model.lm_head(h.to(self.model.lm_head.weight.dtype))
+        return self.model.lm_head(h.to(self.dtype))
 
     def logits(self, tokens):
         """Stage 3: tokens (B, L) -> (B, L, V), scores of the next token at each position"""

@@ -53,6 +53,7 @@ import os
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 try:
     import triton
@@ -1084,6 +1085,123 @@ def distance_in_full(q_t, k_t, scale, M, window=None):
 
 
 # -----------------------------------------------------------------------------
+# The loss of MOHAWK's third stage, knowledge distillation: how far two predictions are apart
+
+LOGITS_AT_ONCE = 2**26          # entries of a (tokens, V) map in memory at once: 256 MB in fp32
+
+
+def distillation_loss(h, W, h_t, W_t, b=None, b_t=None, next_token=None, loss="kl",
+                      temperature=1.0, hard_weight=0.0, backend="auto"):
+    """T^2 KL(p || q), the mean over n tokens, from the final hidden states and heads of two models
+
+    p = softmax((W_t h_t + b_t) / T) is the teacher's prediction over V words, q the student's. T^2,
+    because the gradients shrink as 1 / T^2.
+
+    student: h (n, D)   W (V, D)   b (V) or None        gradients for these three
+    teacher: h_t (n, D_t)   W_t (V, D_t)   b_t (V) or None
+    loss: "ce" adds the teacher's entropy, T^2 H(p), so it is -T^2 sum p log q: the same gradient
+    hard_weight: of the next token's -log probability at T = 1, the mean over tokens that have one.
+        next_token (n) is -100 where it is unknown
+    -> two scalars in fp32 (fp64 if W is): the loss; and KL(p || q) / KL(p || 1/V), as a share of
+    the uniform distribution's, with no gradient. ValueError for shapes that do not fit.
+
+    At n = 2^14, V = 51,200 one (n, V) map in fp32 would take 3.4 GB, so tokens go in blocks. The
+    forward makes the gradients with the loss. With z = W h + b they are, for one token,
+        dz = T (q - p)      dh = W^T dz      dW = dz h^T      db = dz
+    and nothing else is kept. z is in fp32, because in bf16 logits are off by percents; the
+    teacher's are in the dtype of its weights. Under torch.autocast the two products of dz are in
+    its dtype: they are linear in dz, so its rounding errors stay as small a share of them.
+    """
+    check_heads(h, W, h_t, W_t)
+    if loss not in ("kl", "ce"):
+        raise ValueError(f"loss {loss!r}: choose kl or ce")
+    if backend == "auto":
+        backend = "triton" if h.is_cuda and triton is not None else "torch"
+    weights = None                                          # of each token's hard loss (n)
+    if hard_weight:
+        known = next_token >= 0
+        weights = known * (hard_weight / known.sum().clamp_min(1)).to(at_least_fp32(W.dtype))
+    dtype = at_least_fp32(W.dtype)
+    if torch.is_autocast_enabled(h.device.type):
+        dtype = torch.get_autocast_dtype(h.device.type)
+    kl, entropy, total = DistillationLoss.apply(h, W, b, h_t, W_t, b_t, next_token, weights,
+                                                temperature, dtype, SOFTMAX_GAPS[backend])
+    if loss == "ce":
+        total = total + temperature**2 * entropy
+    return total, kl / (math.log(len(W)) - entropy)         # KL(p || 1/V) = log V - H(p)
+
+
+class DistillationLoss(torch.autograd.Function):
+    """The forward makes the gradients too; the backward multiplies them by the loss's gradient."""
+
+    @staticmethod
+    @outside_autocast
+    def forward(ctx, h, W, b, h_t, W_t, b_t, next_token, weights, T, dtype, softmax_gap):
+        """dtype: of the products of dz   -> KL and entropy, means over tokens; T^2 KL + hard loss"""
+        n, V = len(h), len(W)
+        need_dh, need_dW, need_db = ctx.needs_input_grad[:3]
+        full = at_least_fp32(W.dtype)
+        W_z, W_dz = W.to(full), W.to(dtype)
+        dh, dW, db = (torch.zeros_like(x, dtype=full) if need else None
+                      for x, need in zip((h, W, b), ctx.needs_input_grad, strict=False))
+        sums = h.new_zeros(3, dtype=full)                   # KL, entropy, weighted hard loss
+        for rows in blocks(n, LOGITS_AT_ONCE // V):
+            z = linear(h[rows].to(full), W_z, b)                            # (rows, V)
+            z_t = linear(h_t[rows].to(W_t.dtype), W_t, b_t)                 # (rows, V)
+            dz = None
+            if need_dh or need_dW or need_db:
+                dz = z if dtype == full else torch.empty_like(z, dtype=dtype)
+            hard = (None, None) if weights is None else (next_token[rows], weights[rows])
+            sums += softmax_gap(z, z_t, T, T / n, *hard, dz).sum(1)
+            if need_dh:
+                dh[rows] = dz @ W_dz                                        # (rows, D)
+            if need_dW:
+                dW += dz.mT @ h[rows].to(dtype)                             # (V, D)
+            if need_db:
+                db += dz.sum(0, dtype=full)                                 # (V)
+        ctx.save_for_backward(dh, dW, db)
+        kl, entropy = sums[0] / n, sums[1] / n
+        ctx.mark_non_differentiable(kl, entropy)
+        return kl, entropy, T**2 * kl + sums[2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _, __, g):
+        gradients = [None if x is None else g * x for x in ctx.saved_tensors]
+        return *gradients, *[None] * 8
+
+
+def softmax_gap_torch(z, z_t, T, scale, next_token, weights, dz):
+    """Logits z, z_t (n, V) of both -> (3, n): KL(p || q), H(p), and weights (n) times the hard loss
+
+    p = softmax(z_t / T) and q = softmax(z / T). Also sets dz (n, V), if it is not None, to
+    scale (q - p) + weights (softmax(z) - 1 at next_token). It may be z itself. weights may be None.
+    """
+    sums = z.new_zeros(3, len(z))
+    for rows in blocks(len(z), TILE // z.shape[1]):         # few enough for the cache of a CPU
+        z_c, z_t_c = z[rows], z_t[rows].to(z.dtype)
+        if T != 1:
+            z_c, z_t_c = z_c / T, z_t_c / T
+        log_q, log_p = z_c.log_softmax(-1), z_t_c.log_softmax(-1)           # (rows, V)
+        p = log_p.exp()
+        sums[1, rows] = -torch.linalg.vecdot(p, log_p)
+        sums[0, rows] = torch.linalg.vecdot(p, log_p.sub_(log_q))
+        gap = log_q.exp_().sub_(p).mul_(scale)                              # scale (q - p)
+        if weights is not None:
+            log_q = z[rows].log_softmax(-1)                                 # at T = 1
+            at = next_token[rows, None].clamp_min(0)                        # its weight is 0 at -100
+            sums[2, rows] = -weights[rows] * log_q.gather(1, at)[:, 0]
+            gap.addcmul_(log_q.exp_(), weights[rows, None])
+            gap.scatter_add_(1, at, -weights[rows, None])
+        if dz is not None:
+            dz[rows] = gap
+    return sums
+
+
+SOFTMAX_GAPS = {"torch": softmax_gap_torch}
+
+
+# -----------------------------------------------------------------------------
 # What all forms share: checks, shapes, products that autocast does not round, sums of decays
 
 def check(q, k, v, a, S, cu):
@@ -1096,6 +1214,21 @@ def check(q, k, v, a, S, cu):
     shape = (B, H, N, P) if cu is None else (B, len(cu) - 1, H, N, P)
     if S is not None and S.shape != shape:
         raise ValueError(f"ssd needs a state of shape {shape}, got {tuple(S.shape)}")
+
+
+def check_heads(h, W, h_t, W_t):
+    """ValueError, with the shapes, unless both heads score the same words for the same tokens"""
+    if (len(h) != len(h_t) or len(W) != len(W_t) or h.shape[1:] != W.shape[1:]
+            or h_t.shape[1:] != W_t.shape[1:]):
+        raise ValueError("distillation_loss needs h (n, D), W (V, D), h_t (n, D_t), W_t (V, D_t); "
+                         f"got h {tuple(h.shape)}, W {tuple(W.shape)}, h_t {tuple(h_t.shape)}, "
+                         f"W_t {tuple(W_t.shape)}")
+
+
+def blocks(n, size):
+    """0 .. n - 1 in slices of `size`, at least 1, the last one shorter"""
+    size = max(1, size)
+    return [slice(lo, min(lo + size, n)) for lo in range(0, n, size)]
 
 
 def boundaries(cu_seqlens, L):
