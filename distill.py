@@ -121,10 +121,15 @@ def knowledge_distillation(student, teacher, tokens, loss="kl", temperature=1.0,
     """
     h, h_t = (model.hidden(tokens).flatten(0, 1) for model in (student, teacher))   # (B L, D)
     next_token = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()     # (B L), -100: unknown
+    yield student.call(distance_of_predictions, teacher, h, h_t, next_token, loss, temperature,
+                       hard_weight)
+
+
+def distance_of_predictions(student, teacher, h, h_t, *options):
+    """Final hidden states (B L, D) of both -> distillation_loss through both heads, which makes no
+    (B L, V) map of logits. For student.call: a sharded head is whole only there."""
     head, head_t = student.lm_head, teacher.model.lm_head
-    # No (B L, V) map of logits exists: see distillation_loss.
-    yield distillation_loss(h, head.weight, h_t, head_t.weight, head.bias, head_t.bias, next_token,
-                            loss, temperature, hard_weight)
+    return distillation_loss(h, head.weight, h_t, head_t.weight, head.bias, head_t.bias, *options)
 
 
 class Stage(NamedTuple):
@@ -427,6 +432,9 @@ def student_config(args):
     """
     hf = hf_config(args.teacher)
     n_layer = hf.num_hidden_layers if args.n_layer is None else args.n_layer
+    if hf.vocab_size < 2:       # stage 3's relative distance would be 0 / 0
+        raise UsageError(f"{args.teacher} has a vocabulary of {hf.vocab_size}: it predicts nothing "
+                         "that a student could learn")
     shapes = Teacher.random(hf, "meta").at(n_layer).shapes      # meta: tensors with no contents
     config = Config(**shapes | {"attn_layers": kept_attention(args, n_layer),
                                 "mixer": args.mixer})
@@ -1260,14 +1268,15 @@ def shard_student(student):
 
 
 def shard_teacher(teacher):
-    """FSDP2, one shard group for each part of the frozen teacher
+    """FSDP2, one shard group for each part of the frozen teacher but its head
 
-    The stages call its parts, not the model, so each part has to be a group of its own.
+    The stages call its parts, not the model, so each part has to be a group of its own. Stage 3
+    does not call the head but reads its weights, so each process keeps them whole.
     """
-    # A weight that embedding and head share would be in two groups. Frozen, it may be two weights.
+    # The head may share its weight with the embedding, of which only a shard will be left.
     head = teacher.model.lm_head
     head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
-    for part in (teacher.decoder.embed_tokens, *teacher.decoder.layers, teacher.final_norm, head):
+    for part in (teacher.decoder.embed_tokens, *teacher.decoder.layers, teacher.final_norm):
         fully_shard(part)
 
 

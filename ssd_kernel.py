@@ -20,8 +20,10 @@ y can be had both ways is the duality of [1]. Every other form is tested against
     ssd_triton      the same in one kernel, for GPUs: no (chunk, chunk) tile touches memory
     ssd_step        one token of the recurrence, for generation
 
-orientation_loss, the loss of MOHAWK's first stage ("matrix orientation", [2]), is the distance of M
-from a teacher's softmax matrix.
+The losses of MOHAWK [2] that need as much care stand at the end. orientation_loss, of its first
+stage ("matrix orientation"), is the distance of M from a teacher's softmax matrix.
+distillation_loss, of its third stage, is the KL between two predictions over V words. Both make
+their gradients with the loss, in blocks, and keep no map of (L, L) or (tokens, V).
 
 Names, here and in the project. Position i reads what position j wrote:
 
@@ -1101,29 +1103,36 @@ def distillation_loss(h, W, h_t, W_t, b=None, b_t=None, next_token=None, loss="k
     teacher: h_t (n, D_t)   W_t (V, D_t)   b_t (V) or None
     loss: "ce" adds the teacher's entropy, T^2 H(p), so it is -T^2 sum p log q: the same gradient
     hard_weight: of the next token's -log probability at T = 1, the mean over tokens that have one.
-        next_token (n) is -100 where it is unknown
+        next_token (n), int64, is -100 where it is unknown
+    backend: of softmax_gap, below: "torch", "triton", or "auto": triton on a GPU, but not in fp64
     -> two scalars in fp32 (fp64 if W is): the loss; and KL(p || q) / KL(p || 1/V), as a share of
     the uniform distribution's, with no gradient. ValueError for shapes that do not fit.
 
-    At n = 2^14, V = 51,200 one (n, V) map in fp32 would take 3.4 GB, so tokens go in blocks. The
-    forward makes the gradients with the loss. With z = W h + b they are, for one token,
-        dz = T (q - p)      dh = W^T dz      dW = dz h^T      db = dz
-    and nothing else is kept. z is in fp32, because in bf16 logits are off by percents; the
-    teacher's are in the dtype of its weights. Under torch.autocast the two products of dz are in
-    its dtype: they are linear in dz, so its rounding errors stay as small a share of them.
+    At n = 2^14, V = 51,200 one (n, V) map in fp32 would take 3.4 GB, so tokens go in blocks, and
+    the forward makes the gradients with the loss: for one token they are
+        z = W h + b      dz = T (q - p) / n      dh = W^T dz      dW = dz h^T      db = dz
+    (and the hard loss's). Only dh, dW and db are kept. z is in fp32, because in bf16 logits are off
+    by percents; the teacher's are in the dtype of its weights. Under torch.autocast to bf16 the
+    last two products are in bf16: they are linear in dz, so an entry's rounding error is as small a
+    share of it as anywhere else in the backward.
     """
     check_heads(h, W, h_t, W_t)
     if loss not in ("kl", "ce"):
         raise ValueError(f"loss {loss!r}: choose kl or ce")
+    full = at_least_fp32(W.dtype)
     if backend == "auto":
-        backend = "triton" if h.is_cuda and triton is not None else "torch"
+        backend = "triton" if h.is_cuda and triton and full == torch.float32 else "torch"
+    if backend not in SOFTMAX_GAPS:
+        raise ValueError(f"backend {backend!r}: choose auto or one of {', '.join(SOFTMAX_GAPS)}")
     weights = None                                          # of each token's hard loss (n)
     if hard_weight:
         known = next_token >= 0
-        weights = known * (hard_weight / known.sum().clamp_min(1)).to(at_least_fp32(W.dtype))
-    dtype = at_least_fp32(W.dtype)
+        weights = known * (hard_weight / known.sum().clamp_min(1)).to(full)
+    dtype = full                                            # of dz and its products
     if torch.is_autocast_enabled(h.device.type):
         dtype = torch.get_autocast_dtype(h.device.type)
+    if not torch.is_grad_enabled():
+        h, W, b = (x if x is None else x.detach() for x in (h, W, b))   # so that none is made
     kl, entropy, total = DistillationLoss.apply(h, W, b, h_t, W_t, b_t, next_token, weights,
                                                 temperature, dtype, SOFTMAX_GAPS[backend])
     if loss == "ce":
@@ -1137,27 +1146,31 @@ class DistillationLoss(torch.autograd.Function):
     @staticmethod
     @outside_autocast
     def forward(ctx, h, W, b, h_t, W_t, b_t, next_token, weights, T, dtype, softmax_gap):
-        """dtype: of the products of dz   -> KL and entropy, means over tokens; T^2 KL + hard loss"""
+        """-> KL(p || q) and H(p), means over tokens; T^2 KL(p || q) + the hard loss
+
+        weights (n): of the hard losses, or None   dtype: of dz in its two products
+        """
         n, V = len(h), len(W)
-        need_dh, need_dW, need_db = ctx.needs_input_grad[:3]
-        full = at_least_fp32(W.dtype)
-        W_z, W_dz = W.to(full), W.to(dtype)
-        dh, dW, db = (torch.zeros_like(x, dtype=full) if need else None
-                      for x, need in zip((h, W, b), ctx.needs_input_grad, strict=False))
-        sums = h.new_zeros(3, dtype=full)                   # KL, entropy, weighted hard loss
+        full = at_least_fp32(W.dtype)                       # of all else
+        W_z, b_z = W.to(full), b if b is None else b.to(full)
+        W_dz = W.to(dtype)
+        # what is frozen gets no gradient
+        dh, dW, db = (torch.zeros_like(x, dtype=full) if needed else None
+                      for x, needed in zip((h, W, b), ctx.needs_input_grad[:3], strict=True))
+        sums = h.new_zeros(3, dtype=full)                   # of KL, entropy, weighted hard loss
         for rows in blocks(n, LOGITS_AT_ONCE // V):
-            z = linear(h[rows].to(full), W_z, b)                            # (rows, V)
+            z = linear(h[rows].to(full), W_z, b_z)                          # (rows, V)
             z_t = linear(h_t[rows].to(W_t.dtype), W_t, b_t)                 # (rows, V)
             dz = None
-            if need_dh or need_dW or need_db:
+            if any(ctx.needs_input_grad):                   # in z's memory, if of the same dtype
                 dz = z if dtype == full else torch.empty_like(z, dtype=dtype)
             hard = (None, None) if weights is None else (next_token[rows], weights[rows])
             sums += softmax_gap(z, z_t, T, T / n, *hard, dz).sum(1)
-            if need_dh:
+            if dh is not None:
                 dh[rows] = dz @ W_dz                                        # (rows, D)
-            if need_dW:
+            if dW is not None:
                 dW += dz.mT @ h[rows].to(dtype)                             # (V, D)
-            if need_db:
+            if db is not None:
                 db += dz.sum(0, dtype=full)                                 # (V)
         ctx.save_for_backward(dh, dW, db)
         kl, entropy = sums[0] / n, sums[1] / n
@@ -1172,33 +1185,133 @@ class DistillationLoss(torch.autograd.Function):
 
 
 def softmax_gap_torch(z, z_t, T, scale, next_token, weights, dz):
-    """Logits z, z_t (n, V) of both -> (3, n): KL(p || q), H(p), and weights (n) times the hard loss
+    """Logits of student and teacher, z, z_t (n, V) -> for each token KL(p || q), H(p) and its
+    weight times its hard loss (3, n)
 
-    p = softmax(z_t / T) and q = softmax(z / T). Also sets dz (n, V), if it is not None, to
-    scale (q - p) + weights (softmax(z) - 1 at next_token). It may be z itself. weights may be None.
+    p = softmax(z_t / T), q = softmax(z / T). dz (n, V), if it is not None, is set to the gradient:
+        scale (q - p) + weights (softmax(z) - e), where e is 1 at next_token and else 0
+    next_token, weights (n), or None: there is no hard loss
+    dz may be z: each entry is read before it is overwritten.
     """
     sums = z.new_zeros(3, len(z))
     for rows in blocks(len(z), TILE // z.shape[1]):         # few enough for the cache of a CPU
-        z_c, z_t_c = z[rows], z_t[rows].to(z.dtype)
-        if T != 1:
-            z_c, z_t_c = z_c / T, z_t_c / T
-        log_q, log_p = z_c.log_softmax(-1), z_t_c.log_softmax(-1)           # (rows, V)
+        z_c, z_t_c = z[rows], z_t[rows].to(z.dtype)                         # (rows, V)
+        log_q, log_p = (z_c / T).log_softmax(-1), (z_t_c / T).log_softmax(-1)
         p = log_p.exp()
         sums[1, rows] = -torch.linalg.vecdot(p, log_p)
+        # p (log p - log q), not p log p - p log q: near p = q large numbers would cancel
         sums[0, rows] = torch.linalg.vecdot(p, log_p.sub_(log_q))
-        gap = log_q.exp_().sub_(p).mul_(scale)                              # scale (q - p)
+        dz_c = log_q.exp_().sub_(p).mul_(scale)                             # scale (q - p)
         if weights is not None:
-            log_q = z[rows].log_softmax(-1)                                 # at T = 1
-            at = next_token[rows, None].clamp_min(0)                        # its weight is 0 at -100
-            sums[2, rows] = -weights[rows] * log_q.gather(1, at)[:, 0]
-            gap.addcmul_(log_q.exp_(), weights[rows, None])
-            gap.scatter_add_(1, at, -weights[rows, None])
+            log_q = z_c.log_softmax(-1)                                     # at T = 1
+            at = next_token[rows, None].clamp_min(0)        # the weight of -100 is 0
+            weight = weights[rows, None]                                    # (rows, 1)
+            sums[2, rows] = (-weight * log_q.gather(1, at))[:, 0]
+            dz_c.addcmul_(log_q.exp_(), weight).scatter_add_(1, at, -weight)
         if dz is not None:
-            dz[rows] = gap
+            dz[rows] = dz_c
     return sums
 
 
-SOFTMAX_GAPS = {"torch": softmax_gap_torch}
+SOFTMAX_TILE = 2048, 8          # words in a block, warps: 8 words for each thread, so that several
+                                # programs, with all their loads, are on a multiprocessor at once
+
+
+@jit
+def add_words(l_i, m_i, z_c, inv_T):
+    """l_i, the sum of e^((z - m_i) / T) over the z so far, and m_i their maximum, none of it yet
+    for z_c -> l_i with z_c, for the new maximum. One exponential: the larger of the two has 1."""
+    e = tl.exp(-tl.abs(z_c - m_i) * inv_T)
+    return tl.where(z_c > m_i, l_i * e + 1, l_i + e)
+
+
+@jit
+def log_sum(l_i, m_i, m, inv_T):
+    """log of the sum over a row of e^((z - m) / T), m the row's maximum"""
+    return tl.log(tl.sum(l_i * tl.exp((m_i - m) * inv_T), 0))
+
+
+@jit
+def softmax_gap_kernel(z, z_t, next_token, weights, dz, sums, n, V, T, scale,
+                       BLOCK: tl.constexpr, HARD: tl.constexpr, GRADIENT: tl.constexpr):
+    """A program takes one token, and twice walks over its V words, BLOCK at a time. m_i and l_i are
+    FlashAttention's, but each of the BLOCK lanes has its own, so that blocks wait for no reduction.
+    """
+    row = tl.program_id(0).to(tl.int64)         # offsets have 64 bits: n V may pass 2^31
+    z += row * V
+    z_t += row * V
+    dz += row * V
+    i = tl.arange(0, BLOCK)
+    zero = tl.zeros((BLOCK,), tl.float32)
+    inv_T = 1 / T
+
+    # pass 1: both log-sum-exps. Not -inf but a finite start, since -inf - -inf would be NaN.
+    m_i = zero - 1e30
+    m_t_i = m_i
+    l_i = zero                                                          # of z / T
+    l_t_i = zero                                                        # of z_t / T
+    l_1_i = zero                                                        # of z, for the hard loss
+    for start in range(0, V, BLOCK):
+        inside = start + i < V
+        z_c = tl.load(z + start + i, mask=inside, other=float("-inf"))                  # z
+        z_t_c = tl.load(z_t + start + i, mask=inside, other=float("-inf")).to(tl.float32)   # z_t
+        l_i = add_words(l_i, m_i, z_c, inv_T)
+        l_t_i = add_words(l_t_i, m_t_i, z_t_c, inv_T)
+        if HARD:
+            l_1_i = add_words(l_1_i, m_i, z_c, 1.0)
+        m_i = tl.maximum(m_i, z_c)
+        m_t_i = tl.maximum(m_t_i, z_t_c)
+    m = tl.max(m_i, 0)
+    m_t = tl.max(m_t_i, 0)
+    log_l = log_sum(l_i, m_i, m, inv_T)
+    log_l_t = log_sum(l_t_i, m_t_i, m_t, inv_T)
+    if HARD:
+        log_l_1 = log_sum(l_1_i, m_i, m, 1.0)
+        at = tl.load(next_token + row)
+        weight = tl.load(weights + row)
+
+    # pass 2: the sums, and dz, which may be z. An entry is stored by the program that has read it.
+    kl = zero
+    entropy = zero
+    hard = zero
+    for start in range(0, V, BLOCK):
+        inside = start + i < V
+        z_c = tl.load(z + start + i, mask=inside, other=0.0)                            # z
+        z_t_c = tl.load(z_t + start + i, mask=inside, other=0.0).to(tl.float32)         # z_t
+        log_q = (z_c - m) * inv_T - log_l
+        log_p = (z_t_c - m_t) * inv_T - log_l_t
+        p = tl.where(inside, tl.exp(log_p), 0.0)
+        kl += p * (log_p - log_q)
+        entropy -= p * log_p
+        dz_c = scale * (tl.exp(log_q) - p)
+        if HARD:
+            log_q = z_c - m - log_l_1                                   # at T = 1
+            e = tl.where(start + i == at, 1.0, 0.0)
+            hard -= e * log_q
+            dz_c += weight * (tl.exp(log_q) - e)
+        if GRADIENT:
+            tl.store(dz + start + i, dz_c.to(dz.dtype.element_ty), mask=inside)         # dz
+    tl.store(sums + row, tl.sum(kl, 0))
+    tl.store(sums + n + row, tl.sum(entropy, 0))
+    if HARD:
+        tl.store(sums + 2 * n + row, weight * tl.sum(hard, 0))
+
+
+def softmax_gap_triton(z, z_t, T, scale, next_token, weights, dz):
+    """The same in one kernel, that reads both logits twice and keeps nothing of their size"""
+    if z.dtype != torch.float32:
+        raise ValueError(f"there is no Triton kernel for {z.dtype}: backend 'torch' takes it")
+    n, V = z.shape
+    block, warps = SOFTMAX_TILE
+    sums = z.new_zeros(3, n)
+    with torch.cuda.device_of(z):
+        softmax_gap_kernel[(n,)](
+            z, z_t, next_token, weights, z if dz is None else dz, sums, n, V, T, scale, block,
+            weights is not None, dz is not None, num_warps=warps)
+    return sums
+
+
+SOFTMAX_GAPS = {"torch": softmax_gap_torch, "triton": softmax_gap_triton}
 
 
 # -----------------------------------------------------------------------------

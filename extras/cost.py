@@ -40,6 +40,7 @@ from eval import choose_device
 from model_ssm import SSM, UsageError
 from model_teacher import Teacher, hf_config
 from prepare import Parser, at_least_one, fraction, run_program
+from ssd_kernel import LOGITS_AT_ONCE, blocks
 
 SHARDED = ("weights", "gradients", "optimizer", "teacher")      # FSDP2 splits these over the GPUs
 NOT_SHARDED = ("activations", "logits")
@@ -121,14 +122,16 @@ def flops_of(function, args, kwargs, tensors, output):
     return 0
 
 
-def fake_step(stage, config, hf, budget, args, gpu, bf16):
+def fake_step(stage, config, hf, budget, args, bf16):
     """One micro-batch of a student `config` and a teacher `hf` on fake tensors
 
     -> {"teacher", "student", "backward", "again": FLOPs for one token,
         "<part> bytes": memory of each part, "trained", "all": numbers of parameters}
+
+    The losses of stages 1 and 3 make their gradients in the forward: they count as the student's.
     """
     with FakeTensorMode():
-        teacher = Teacher.random(hf, dtype=torch.bfloat16 if gpu else torch.float32)
+        teacher = Teacher.random(hf, dtype=torch.bfloat16 if bf16 else torch.float32)
         teacher = teacher.at(config.n_layer)
         student = SSM(config)
         student.recompute = args.recompute
@@ -179,14 +182,14 @@ def bytes_of_moments(p, optimizer):
     return p.numel() * 2 * 4
 
 
-def cost(stage, config, hf, budget, args, gpu, bf16):
+def cost(stage, config, hf, budget, args, bf16):
     """What fake_step would return for all layers, from models of two and of three layers
 
     "gathered bytes": what FSDP2 holds beside its shards, while it computes with a layer
     """
     if args.objective or config.n_layer < hf.num_hidden_layers:
         # Layers of student and teacher are paired: fewer layers would be other pairs.
-        return fake_step(stage, config, hf, budget, args, gpu, bf16) | {"gathered bytes": 0}
+        return fake_step(stage, config, hf, budget, args, bf16) | {"gathered bytes": 0}
 
     def cost_of(n, *attn_layers):
         small = copy.deepcopy(hf)
@@ -194,7 +197,7 @@ def cost(stage, config, hf, budget, args, gpu, bf16):
         if getattr(hf, "layer_types", None):
             small.layer_types = hf.layer_types[:1] * n
         shapes = dataclasses.replace(config, n_layer=n, attn_layers=attn_layers)
-        return fake_step(stage, shapes, small, budget, args, gpu, bf16)
+        return fake_step(stage, shapes, small, budget, args, bf16)
 
     attention = len(config.attn_layers)
     ssms = config.n_layer - attention
@@ -229,7 +232,7 @@ def estimate(args):
     total = 0
     for number, budget in args.budgets.items():
         stage = distill.stage_table(args)[number]
-        costs = cost(stage, config, hf, budget, args, device == "cuda", bf16)
+        costs = cost(stage, config, hf, budget, args, bf16)
         steps = budget.tokens // budget.batch
         tokens = steps * budget.batch
         hours = useful(costs) * tokens / (peak * args.mfu * args.world) / 3600
@@ -328,7 +331,7 @@ def bench_stage(run, teacher, hf, stage, budget):
     micro_batch_ms = milliseconds(forward_and_backward, run.device)
     update_ms = milliseconds(optimizer.step, run.device)
     step_ms = budget.batch // (tokens.numel() * run.world) * micro_batch_ms + update_ms
-    costs = cost(stage, student.config, hf, budget, args, run.device == "cuda", run.bf16)
+    costs = cost(stage, student.config, hf, budget, args, run.bf16)
     mfu = useful(costs) * budget.batch / (step_ms / 1e3 * run.peak * run.world)
     planned = sum(costs[f"{part} bytes"] for part in (*SHARDED, *NOT_SHARDED))
     times = (teacher_ms, forward_ms - teacher_ms, micro_batch_ms - forward_ms, update_ms, step_ms)
@@ -342,8 +345,8 @@ def teacher_forward(stage, student, teacher, tokens):
     loss_fn = getattr(stage.loss_fn, "func", stage.loss_fn)         # of a functools.partial
     if loss_fn is distill.knowledge_distillation:
         h = teacher.hidden(tokens).flatten(0, 1)                    # (B L, D)
-        for part in h.split(max(1, distill.LOGITS_AT_ONCE // student.config.vocab_size)):
-            teacher.head(part)
+        for rows in blocks(len(h), LOGITS_AT_ONCE // student.config.vocab_size):
+            teacher.head(h[rows])
     else:
         for i, u in teacher.inputs(tokens, only=student.ssm_layers):
             teacher.block(i, u)

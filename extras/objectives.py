@@ -248,7 +248,7 @@ def teacher_heads(teacher, i, tokens):
     deep = getattr(teacher, "deep", teacher)
     (_, u), = deep.inputs(tokens, only=[i])
     attention = deep.layers[i].self_attn
-    h = deep.layers[i].input_layernorm(u)                                   # (B, L, D)
+    h = deep.layers[i].input_layernorm(u.to(deep.dtype))                    # (B, L, D)
     q, k, v = (projection(h).unflatten(-1, (-1, attention.head_dim))        # (B, L, H or G, P)
                for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
     return [per_head(x, q.shape[2]).flatten(2) for x in (q, k, v)]

@@ -1278,12 +1278,12 @@ hf = PhiConfig(vocab_size=16384, hidden_size=512, intermediate_size=2048, num_hi
                num_attention_heads=8)
 config = Config(**Teacher.random(hf, "meta").shapes)
 bf16 = distill.choose_device("cpu")[1] and stage > 1
-costs = cost.cost(row, config, hf, args.budgets[stage], args, False, bf16)
+costs = cost.cost(row, config, hf, args.budgets[stage], args, bf16)
 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
     x = torch.randn(512, 512, requires_grad=True)
     (x @ x).sum().backward()                                    # what the libraries take
 before = most()
-teacher = Teacher.random(hf)
+teacher = Teacher.random(hf, dtype=torch.bfloat16 if bf16 else torch.float32)
 student = SSM.from_teacher(teacher)
 student.recompute = args.recompute
 optimizer = distill.make_optimizer(distill.choose_trainable(student, row), args)
@@ -1319,7 +1319,7 @@ def test_the_plan_counts_the_flops_of_the_textbook():
     config = Config(**teacher.shapes)
     for stage in (2, 3):
         row = distill.stage_table(args)[stage]
-        costs = cost.cost(row, config, hf, args.budgets[stage], args, False, False)
+        costs = cost.cost(row, config, hf, args.budgets[stage], args, False)
         # 2 for each weight of a matrix, and half of 4 L D for the attention of each layer
         asked = [p for name, p in teacher.model.named_parameters() if p.dim() == 2
                  and "embed" not in name and (stage == 3 or "head" not in name)]
@@ -1329,9 +1329,11 @@ def test_the_plan_counts_the_flops_of_the_textbook():
         params = distill.choose_trainable(SSM(config), row)
         assert costs["trained"] == sum(p.numel() for p in params.values())
         if stage == 3:                          # two products for each of the forward's
-            assert costs["backward"] == pytest.approx(2 * costs["student"], rel=0.05)
-            # of both heads, under the checkpoint
-            assert costs["again"] == pytest.approx(4 * config.d_model * config.vocab_size, rel=0.01)
+            # But the loss makes the two of the head in the forward.
+            of_head = 4 * config.d_model * config.vocab_size
+            assert costs["backward"] + of_head == pytest.approx(
+                2 * (costs["student"] - of_head), rel=0.05)
+            assert costs["again"] == 0
 
 
 def test_the_plans_of_the_readme_fit_their_gpus(capsys, monkeypatch):
@@ -1420,7 +1422,7 @@ def test_the_formula_behind_mfu_is_what_a_step_computes(name, attn_layers, stage
                           "--batch", str(L), "--tokens", "1e4", "--fp32"])
     config = Config(**Teacher.random(hf, "meta").shapes | {"attn_layers": attn_layers})
     row = distill.stage_table(args)[stage]
-    want = cost.useful(cost.fake_step(row, config, hf, args.budgets[stage], args, False, False))
+    want = cost.useful(cost.fake_step(row, config, hf, args.budgets[stage], args, False))
     assert distill.flops_per_token(config, hf, row, L) == pytest.approx(want, rel=0.03)
 
 
