@@ -1124,10 +1124,12 @@ def distillation_loss(h, W, h_t, W_t, b=None, b_t=None, next_token=None, loss="k
         backend = "triton" if h.is_cuda and triton and full == torch.float32 else "torch"
     if backend not in SOFTMAX_GAPS:
         raise ValueError(f"backend {backend!r}: choose auto or one of {', '.join(SOFTMAX_GAPS)}")
+    if hard_weight and next_token is None:
+        raise ValueError(f"hard_weight {hard_weight} needs next_token")
     weights = None                                          # of each token's hard loss (n)
     if hard_weight:
         known = next_token >= 0
-        weights = known * (hard_weight / known.sum().clamp_min(1)).to(full)
+        weights = known.to(full) * hard_weight / known.sum().clamp_min(1)
     dtype = full                                            # of dz and its products
     if torch.is_autocast_enabled(h.device.type):
         dtype = torch.get_autocast_dtype(h.device.type)
@@ -1172,6 +1174,7 @@ class DistillationLoss(torch.autograd.Function):
                 dW += dz.mT @ h[rows].to(dtype)                             # (V, D)
             if db is not None:
                 db += dz.sum(0, dtype=full)                                 # (V)
+            del z, z_t, dz                                  # before the next block's are made
         ctx.save_for_backward(dh, dW, db)
         kl, entropy = sums[0] / n, sums[1] / n
         ctx.mark_non_differentiable(kl, entropy)
@@ -1196,14 +1199,16 @@ def softmax_gap_torch(z, z_t, T, scale, next_token, weights, dz):
     sums = z.new_zeros(3, len(z))
     for rows in blocks(len(z), TILE // z.shape[1]):         # few enough for the cache of a CPU
         z_c, z_t_c = z[rows], z_t[rows].to(z.dtype)                         # (rows, V)
-        log_q, log_p = (z_c / T).log_softmax(-1), (z_t_c / T).log_softmax(-1)
+        if T != 1:
+            z_c, z_t_c = z_c / T, z_t_c / T
+        log_q, log_p = z_c.log_softmax(-1), z_t_c.log_softmax(-1)
         p = log_p.exp()
         sums[1, rows] = -torch.linalg.vecdot(p, log_p)
         # p (log p - log q), not p log p - p log q: near p = q large numbers would cancel
         sums[0, rows] = torch.linalg.vecdot(p, log_p.sub_(log_q))
         dz_c = log_q.exp_().sub_(p).mul_(scale)                             # scale (q - p)
         if weights is not None:
-            log_q = z_c.log_softmax(-1)                                     # at T = 1
+            log_q = z[rows].log_softmax(-1)                                 # at T = 1
             at = next_token[rows, None].clamp_min(0)        # the weight of -100 is 0
             weight = weights[rows, None]                                    # (rows, 1)
             sums[2, rows] = (-weight * log_q.gather(1, at))[:, 0]
