@@ -1098,7 +1098,8 @@ def test_each_objective_learns_then_the_output_stage_goes_on(
         tmp_path, teacher_folder, data_folder, objective, capsys):
     out = tmp_path / "run"
     distill.main(flags(out, teacher_folder, data_folder, "--objective", objective, "--n_layer",
-                       "2", "--tokens", "5120", "1024", "--lr", "1e-2", "1e-3", "--init", "qkv"))
+                       "2", "--tokens", "5120", "1024", "--lr", "1e-2", "1e-3", "--init", "qkv",
+                       "--fp32"))
     said = capsys.readouterr().out
     assert distill.first_line_of_doc(
         objectives.objective_stage([objective], distill.STAGES).loss_fn) in said
