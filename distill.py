@@ -15,10 +15,10 @@ distance between the answers:
 
 A mixer is what stands where a layer's attention was; a, the log of its decay, is a number per token
 and head, D, its skip, a number per head (in shapes, D is the model's width). u is the teacher's own
-input to layer i. (Stages 1 and 3 never make their matrices and logits in full, so the code calls
-the student's orientation, and hidden and head of both, instead.) Each stage starts from the one
-before and leaves a model folder, out/<run>/stage<N>. What is not a mixer is copied from the teacher
-at the start.
+input to layer i. (Stages 1 and 3 never make their matrices and logits in full. Their losses are
+orientation_loss and distillation_loss of ssd_kernel.py.) Each stage starts from the one before and
+leaves a model folder, out/<run>/stage<N>. What is not a mixer is copied from the teacher at the
+start.
 
     out/<run>/run.json      the command, the teacher, the data, versions
               log.jsonl     one object per step
@@ -126,8 +126,10 @@ def knowledge_distillation(student, teacher, tokens, loss="kl", temperature=1.0,
 
 
 def distance_of_predictions(student, teacher, h, h_t, *options):
-    """Final hidden states (B L, D) of both -> distillation_loss through both heads, which makes no
-    (B L, V) map of logits. For student.call: a sharded head is whole only there."""
+    """h, h_t (B L, D), the final hidden states of both -> (loss, relative)
+
+    A function of its own for student.call: in sharded training the head is whole only within it.
+    """
     head, head_t = student.lm_head, teacher.model.lm_head
     return distillation_loss(h, head.weight, h_t, head_t.weight, head.bias, head_t.bias, *options)
 
@@ -838,7 +840,7 @@ class Run:
 
 def keep_freed_memory():
     """Let malloc keep what is freed. Else each large tensor is made of new pages, and to get them
-    from the system takes several times as long as to compute what goes in. On Linux only."""
+    from the system takes several times as long as to compute what goes in. For glibc's malloc."""
     if platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # of malloc.h
         libc = ctypes.CDLL(None)

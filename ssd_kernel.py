@@ -20,10 +20,11 @@ y can be had both ways is the duality of [1]. Every other form is tested against
     ssd_triton      the same in one kernel, for GPUs: no (chunk, chunk) tile touches memory
     ssd_step        one token of the recurrence, for generation
 
-The losses of MOHAWK [2] that need as much care stand at the end. orientation_loss, of its first
-stage ("matrix orientation"), is the distance of M from a teacher's softmax matrix.
-distillation_loss, of its third stage, is the KL between two predictions over V words. Both make
-their gradients with the loss, in blocks, and keep no map of (L, L) or (tokens, V).
+Two losses of MOHAWK [2] follow. Both compute in blocks and make their gradients with the loss, so
+that no matrix (L, L) and no map (tokens, V) is ever in memory:
+
+    orientation_loss    stage 1, matrix orientation: M and a teacher's softmax matrix
+    distillation_loss   stage 3, knowledge distillation: two models' predictions of the next token
 
 Names, here and in the project. Position i reads what position j wrote:
 
@@ -39,7 +40,8 @@ Names, here and in the project. Position i reads what position j wrote:
 
 B batch, L length, D model width, H heads, G groups of heads that share q and k (G divides H),
 N state (key) width, P head (value) width, Q chunk length, C number of chunks, V vocabulary.
-In orientation_loss D (H) is Mamba-2's skip instead: a layer's output is y + D v.
+In orientation_loss D (H) is Mamba-2's skip instead: a layer's output is y + D v. In
+distillation_loss p and q are the two predictions.
 
 It leaves out: second derivatives, and N or P other than 16, 32, 64 and 128 in the Triton form: for
 those ssd() runs the chunked form on a GPU, too.
@@ -1104,17 +1106,17 @@ def distillation_loss(h, W, h_t, W_t, b=None, b_t=None, next_token=None, loss="k
     loss: "ce" adds the teacher's entropy, T^2 H(p), so it is -T^2 sum p log q: the same gradient
     hard_weight: of the next token's -log probability at T = 1, the mean over tokens that have one.
         next_token (n), int64, is -100 where it is unknown
-    backend: of softmax_gap, below: "torch", "triton", or "auto": triton on a GPU, but not in fp64
+    backend: "torch", "triton", or "auto", which is triton on a GPU, but not in fp64
     -> two scalars in fp32 (fp64 if W is): the loss; and KL(p || q) / KL(p || 1/V), as a share of
     the uniform distribution's, with no gradient. ValueError for shapes that do not fit.
 
-    At n = 2^14, V = 51,200 one (n, V) map in fp32 would take 3.4 GB, so tokens go in blocks, and
-    the forward makes the gradients with the loss: for one token they are
+    At n = 2^14, V = 51,200 one (n, V) map in fp32 would take 3.4 GB. So tokens go in blocks, and
+    the forward makes the gradients, too, while a block's logits are there. Only dh, dW and db are
+    kept. For one token, and without the hard loss:
         z = W h + b      dz = T (q - p) / n      dh = W^T dz      dW = dz h^T      db = dz
-    (and the hard loss's). Only dh, dW and db are kept. z is in fp32, because in bf16 logits are off
-    by percents; the teacher's are in the dtype of its weights. Under torch.autocast to bf16 the
-    last two products are in bf16: they are linear in dz, so an entry's rounding error is as small a
-    share of it as anywhere else in the backward.
+    z is in fp32, because in bf16 logits are off by percents; the teacher's logits are in the dtype
+    of its weights. Under torch.autocast dz and its two products are in autocast's dtype, bf16, as
+    the rest of the backward: they are linear, so rounding changes them by a share of 2^-9.
     """
     check_heads(h, W, h_t, W_t)
     if loss not in ("kl", "ce"):
@@ -1126,15 +1128,15 @@ def distillation_loss(h, W, h_t, W_t, b=None, b_t=None, next_token=None, loss="k
         raise ValueError(f"backend {backend!r}: choose auto or one of {', '.join(SOFTMAX_GAPS)}")
     if hard_weight and next_token is None:
         raise ValueError(f"hard_weight {hard_weight} needs next_token")
-    weights = None                                          # of each token's hard loss (n)
+    weights = None                                          # of the tokens' hard losses (n)
     if hard_weight:
         known = next_token >= 0
         weights = known.to(full) * hard_weight / known.sum().clamp_min(1)
     dtype = full                                            # of dz and its products
     if torch.is_autocast_enabled(h.device.type):
         dtype = torch.get_autocast_dtype(h.device.type)
-    if not torch.is_grad_enabled():
-        h, W, b = (x if x is None else x.detach() for x in (h, W, b))   # so that none is made
+    if not torch.is_grad_enabled():     # then none is made in the forward
+        h, W, b = (x if x is None else x.detach() for x in (h, W, b))
     kl, entropy, total = DistillationLoss.apply(h, W, b, h_t, W_t, b_t, next_token, weights,
                                                 temperature, dtype, SOFTMAX_GAPS[backend])
     if loss == "ce":
@@ -1150,13 +1152,14 @@ class DistillationLoss(torch.autograd.Function):
     def forward(ctx, h, W, b, h_t, W_t, b_t, next_token, weights, T, dtype, softmax_gap):
         """-> KL(p || q) and H(p), means over tokens; T^2 KL(p || q) + the hard loss
 
-        weights (n): of the hard losses, or None   dtype: of dz in its two products
+        weights (n): of the hard losses, or None   dtype: of dz and its two products
         """
         n, V = len(h), len(W)
-        full = at_least_fp32(W.dtype)                       # of all else
-        W_z, b_z = W.to(full), b if b is None else b.to(full)
+        full = at_least_fp32(W.dtype)                       # the dtype of all else
+        W_z = W.to(full)
+        b_z = b if b is None else b.to(full)
         W_dz = W.to(dtype)
-        # what is frozen gets no gradient
+        # None for what is frozen
         dh, dW, db = (torch.zeros_like(x, dtype=full) if needed else None
                       for x, needed in zip((h, W, b), ctx.needs_input_grad[:3], strict=True))
         sums = h.new_zeros(3, dtype=full)                   # of KL, entropy, weighted hard loss
@@ -1164,7 +1167,7 @@ class DistillationLoss(torch.autograd.Function):
             z = linear(h[rows].to(full), W_z, b_z)                          # (rows, V)
             z_t = linear(h_t[rows].to(W_t.dtype), W_t, b_t)                 # (rows, V)
             dz = None
-            if any(ctx.needs_input_grad):                   # in z's memory, if of the same dtype
+            if any(ctx.needs_input_grad):                   # where z was, if it is of z's dtype
                 dz = z if dtype == full else torch.empty_like(z, dtype=dtype)
             hard = (None, None) if weights is None else (next_token[rows], weights[rows])
             sums += softmax_gap(z, z_t, T, T / n, *hard, dz).sum(1)
@@ -1174,7 +1177,7 @@ class DistillationLoss(torch.autograd.Function):
                 dW += dz.mT @ h[rows].to(dtype)                             # (V, D)
             if db is not None:
                 db += dz.sum(0, dtype=full)                                 # (V)
-            del z, z_t, dz                                  # before the next block's are made
+            del z, z_t, dz                                  # frees their memory for the next block
         ctx.save_for_backward(dh, dW, db)
         kl, entropy = sums[0] / n, sums[1] / n
         ctx.mark_non_differentiable(kl, entropy)
@@ -1188,13 +1191,13 @@ class DistillationLoss(torch.autograd.Function):
 
 
 def softmax_gap_torch(z, z_t, T, scale, next_token, weights, dz):
-    """Logits of student and teacher, z, z_t (n, V) -> for each token KL(p || q), H(p) and its
-    weight times its hard loss (3, n)
+    """All that distillation_loss does with logits, z (n, V) of the student and z_t (n, V)
 
-    p = softmax(z_t / T), q = softmax(z / T). dz (n, V), if it is not None, is set to the gradient:
-        scale (q - p) + weights (softmax(z) - e), where e is 1 at next_token and else 0
-    next_token, weights (n), or None: there is no hard loss
-    dz may be z: each entry is read before it is overwritten.
+    -> (3, n): for each token KL(p || q), H(p), and its weight times the next token's -log
+    probability; p = softmax(z_t / T), q = softmax(z / T)
+    next_token, weights (n), or None for both: then there is no hard loss
+    dz (n, V), or None: it is set to scale (q - p) + weights (softmax(z) - e), where e is 1 at
+        next_token and 0 elsewhere. It may be z itself.
     """
     sums = z.new_zeros(3, len(z))
     for rows in blocks(len(z), TILE // z.shape[1]):         # few enough for the cache of a CPU
@@ -1224,23 +1227,27 @@ SOFTMAX_TILE = 2048, 8          # words in a block, warps: 8 words for each thre
 
 @jit
 def add_words(l_i, m_i, z_c, inv_T):
-    """l_i, the sum of e^((z - m_i) / T) over the z so far, and m_i their maximum, none of it yet
-    for z_c -> l_i with z_c, for the new maximum. One exponential: the larger of the two has 1."""
+    """l_i, a lane's sum of e^((z - m_i) / T), and m_i, its largest z -> the sum with z_c added, of
+    e^((z - m) / T) with m the larger of m_i and z_c. One of the two has e^0: one exponential is
+    enough.
+    """
     e = tl.exp(-tl.abs(z_c - m_i) * inv_T)
     return tl.where(z_c > m_i, l_i * e + 1, l_i + e)
 
 
 @jit
 def log_sum(l_i, m_i, m, inv_T):
-    """log of the sum over a row of e^((z - m) / T), m the row's maximum"""
+    """The sums of all lanes -> log of the row's sum of e^((z - m) / T), m the row's largest z"""
     return tl.log(tl.sum(l_i * tl.exp((m_i - m) * inv_T), 0))
 
 
 @jit
 def softmax_gap_kernel(z, z_t, next_token, weights, dz, sums, n, V, T, scale,
                        BLOCK: tl.constexpr, HARD: tl.constexpr, GRADIENT: tl.constexpr):
-    """A program takes one token, and twice walks over its V words, BLOCK at a time. m_i and l_i are
-    FlashAttention's, but each of the BLOCK lanes has its own, so that blocks wait for no reduction.
+    """softmax_gap_torch for one token, in two passes over its V words, BLOCK at a time
+
+    m_i and l_i are FlashAttention's. Each of the BLOCK lanes has its own, so that no block waits
+    for a reduction. The right-hand column says what a line reads and writes.
     """
     row = tl.program_id(0).to(tl.int64)         # offsets have 64 bits: n V may pass 2^31
     z += row * V
@@ -1303,7 +1310,7 @@ def softmax_gap_kernel(z, z_t, next_token, weights, dz, sums, n, V, T, scale,
 
 
 def softmax_gap_triton(z, z_t, T, scale, next_token, weights, dz):
-    """The same in one kernel, that reads both logits twice and keeps nothing of their size"""
+    """The same in one kernel: it reads z and z_t twice, and writes only dz"""
     if z.dtype != torch.float32:
         raise ValueError(f"there is no Triton kernel for {z.dtype}: backend 'torch' takes it")
     n, V = z.shape
