@@ -1207,7 +1207,7 @@ def softmax_gap_torch(z, z_t, T, scale, next_token, weights, dz):
         log_q, log_p = z_c.log_softmax(-1), z_t_c.log_softmax(-1)
         p = log_p.exp()
         sums[1, rows] = -torch.linalg.vecdot(p, log_p)
-        # p (log p - log q), not p log p - p log q: near p = q large numbers would cancel
+        # p (log p - log q), not p log p - p log q: each term is 0 where p = q
         sums[0, rows] = torch.linalg.vecdot(p, log_p.sub_(log_q))
         dz_c = log_q.exp_().sub_(p).mul_(scale)                             # scale (q - p)
         if weights is not None:

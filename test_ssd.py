@@ -741,23 +741,6 @@ def test_a_student_that_is_right_has_no_distillation_loss_and_no_gradient(backen
     assert loss == relative == 0 and all(x.grad.abs().max() == 0 for x in student_of(tensors))
 
 
-def test_small_distances_of_predictions_do_not_drown_in_large_logits():
-    """z off by d of random signs has a KL of about the mean of d^2 / 2: here 5e-7, while both sums
-    of p log p are about 8, so that their difference in fp32 would be known to 5e-7 only."""
-    draw = torch.Generator().manual_seed(0)
-    z_t = torch.randn(50, 5000, generator=draw)
-    z = z_t + 1e-3 * torch.randn(50, 5000, generator=draw)
-    log_q, log_p = (x.double().log_softmax(-1) for x in (z, z_t))
-    want = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    assert want.item() == pytest.approx(5e-7, rel=0.1)
-    for backend in KL_BACKENDS:
-        gap = ssd_kernel.SOFTMAX_GAPS[backend]
-        got = gap(z.to(DEVICE), z_t.to(DEVICE), 1.0, 1.0, None, None, None)[0]
-        # Each log of a sum is off by one rounding of 8.5, up to 4.8e-7 of either sign, which 50
-        # tokens bring down to a seventh.
-        assert got.double().mean().item() == pytest.approx(want.item(), abs=2 * 4.8e-7 / 7)
-
-
 class Operators(TorchDispatchMode):
     """Records each matrix product's shape, and the most entries a tensor had"""
 
@@ -865,6 +848,7 @@ def test_the_softmax_kernel_is_plain_torch(V, T, hard):
         assert dz is z_c or torch.equal(z_c, z)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")     # NumPy's, of the interpreter
 @pytest.mark.skipif(ssd_kernel.triton is None, reason="Triton is not installed")
 def test_logits_that_are_not_numbers_are_not_hidden_by_the_kernel():
     for wrong in (math.nan, math.inf):
