@@ -1092,6 +1092,8 @@ def distance_in_full(q_t, k_t, scale, M, window=None):
 # The loss of MOHAWK's third stage, knowledge distillation: how far two predictions are apart
 
 LOGITS_AT_ONCE = 2**26          # entries of a (tokens, V) map in memory at once: 256 MB in fp32
+ROW_TILE = 2**16                # entries of it that fit in the cache of a CPU core, with all that
+                                # is made of them
 
 
 def distillation_loss(h, W, h_t, W_t, b=None, b_t=None, next_token=None, loss="kl",
@@ -1200,16 +1202,22 @@ def softmax_gap_torch(z, z_t, T, scale, next_token, weights, dz):
         next_token and 0 elsewhere. It may be z itself.
     """
     sums = z.new_zeros(3, len(z))
-    for rows in blocks(len(z), TILE // z.shape[1]):         # few enough for the cache of a CPU
-        z_c, z_t_c = z[rows], z_t[rows].to(z.dtype)                         # (rows, V)
+    # Few rows, so that all of this stays in the cache of a CPU, but one for each of its threads.
+    for rows in blocks(len(z), max(torch.get_num_threads(), ROW_TILE // z.shape[1])):
+        z_c = z[rows]                                                       # (rows, V)
+        z_t_c = z_t[rows].to(z.dtype)                                       # (rows, V)
         if T != 1:
-            z_c, z_t_c = z_c / T, z_t_c / T
-        log_q, log_p = z_c.log_softmax(-1), z_t_c.log_softmax(-1)
-        p = log_p.exp()
-        sums[1, rows] = -torch.linalg.vecdot(p, log_p)
-        # p (log p - log q), not p log p - p log q: each term is 0 where p = q
-        sums[0, rows] = torch.linalg.vecdot(p, log_p.sub_(log_q))
-        dz_c = log_q.exp_().sub_(p).mul_(scale)                             # scale (q - p)
+            z_c = z_c / T
+            z_t_c = z_t_c / T
+        q = z_c.softmax(-1)
+        p = z_t_c.softmax(-1)
+        # log p = z_t - lse_t, and lse_t is the largest z_t less the largest log p: two exponentials
+        # a word are all, and with z_t - z in the sum of the KL no large numbers cancel.
+        lse = z_c.amax(-1) - q.amax(-1).log()                               # (rows)
+        lse_t = z_t_c.amax(-1) - p.amax(-1).log()                           # (rows)
+        sums[1, rows] = lse_t - torch.linalg.vecdot(p, z_t_c)
+        sums[0, rows] = torch.linalg.vecdot(p, z_t_c - z_c) + lse - lse_t
+        dz_c = q.sub_(p).mul_(scale)                                        # scale (q - p)
         if weights is not None:
             log_q = z[rows].log_softmax(-1)                                 # at T = 1
             at = next_token[rows, None].clamp_min(0)        # the weight of -100 is 0
