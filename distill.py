@@ -1335,8 +1335,8 @@ def add_method_flags(add):
     add("--mixer", default="mamba2", help="what stands where attention was: mamba2, or one of "
         "extras/mixers.py [%(default)s]")
     add("--init", choices=(*INITS, "scratch"), help="how mixers start. mohawk: the paper's way; "
-        "qkv: that, with the teacher's q, k, v; fit: qkv, fitted to its attention; distance: fit, "
-        "with decays by how far it looks; conv: mohawk, but for PyTorch's convolution; random: "
+        "qkv: that, with the teacher's q, k, v; fit: qkv with slow decays, fitted to its "
+        "attention; conv: mohawk, but for PyTorch's convolution; random: "
         "all as PyTorch's modules; scratch: nothing at all is the teacher's [the recipe's]")
     add("--attn_layers", nargs="+", help="layers that keep attention; paper: 4 10 16 22 [none]")
     add("--n_layer", type=count, help="a student of fewer layers [the teacher's]")
@@ -1414,9 +1414,8 @@ def refuse(args):
                          "in this order")
     if args.objective and 2 not in args.stage:
         raise UsageError("--objective takes stage 2's place: leave it out, or add 2 to --stage")
-    if args.init in ("fit", "distance") and args.mixer != "mamba2":
-        raise UsageError(f"--init {args.init} is for --mixer mamba2: choose mohawk, qkv, "
-                         "conv or random")
+    if args.init == "fit" and args.mixer != "mamba2":
+        raise UsageError("--init fit is for --mixer mamba2: choose mohawk, qkv, conv or random")
     if args.warmup + args.decay > 1 + 1e-9:             # 0.7 + 0.3 may be a little more
         raise UsageError(f"--warmup {args.warmup} and --decay {args.decay} are above 1 together: "
                          "the learning rate would never be --lr")

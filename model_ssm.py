@@ -968,79 +968,76 @@ def per_query_head(w, config):
     return heads.repeat_interleave(config.n_head // len(heads), dim=0).flatten(0, 1)
 
 
+START_DECAY = 0.1               # -a of init_fit: a token counts e^-1 ten tokens later
+
+
 @torch.no_grad()
-def init_fit(student, teacher, tokens, decays=False):
-    """init_qkv, then two numbers per head, scale and D, that minimise || A - scale M - D I ||_F
+def init_fit(student, teacher, tokens):
+    """init_qkv with slow decays, then two numbers per head that minimise || A - scale M - D I ||_F
 
     A is the head's attention matrix in the teacher, M the student's mixing matrix without its skip,
-    both on these tokens (B, L). q is multiplied by the scale, some hundredths, because scores are
-    too large without a softmax. It is 0 where least squares would make it negative, where M is 0,
-    and where M is a multiple of I, which D can replace. decays: set_decays too
+    both on these tokens (B, L). q . k is multiplied by the scale, some hundredths, because scores
+    are too large without a softmax. It is 0 where least squares would make it negative, where M is
+    0, and where M is a multiple of I, which D can replace.
+
+    q and k take its square root each: AdamW moves all weights by about the same step, so in q alone
+    it would make each step some hundred times as large beside q's weights as beside k's. PyTorch's
+    start of a, about -0.7, forgets all but two tokens, and training makes that worse: what it does
+    not see it cannot learn to look at.
     """
     init_qkv(student, teacher, tokens)
     student.to(tokens.device)
-    if decays:
-        set_decays(student, teacher, tokens)
     layers = teacher.inputs(tokens, only=student.ssm_layers)
     for i, u in progress_bar(layers, "fit the start", len(student.ssm_layers)):
         mixer = student.layers[i].mixer
+        rows = mixer.split_in_proj(mixer.in_proj.weight)
+        rows["a"].copy_(row_of_decay(student.layers[i].input_layernorm(u.float())))
         mixer.D.zero_()                                 # so that matrix(), M + diag D, gives M
-        sums = 0
-        for row in u.float()[:, None]:                                  # (1, L, D), of the batch
-            M = student.matrix(i, row)[0].double()                      # (H, L, L)
-            A = teacher.matrix(i, row)[0].double()                      # (H, L, L)
-            trace_M = M.diagonal(dim1=-2, dim2=-1).sum(-1)              # (H)
-            trace_A = A.diagonal(dim1=-2, dim2=-1).sum(-1)              # (H)
-            sums = sums + torch.stack([
-                (M * M).sum((-1, -2)), trace_M, (A * M).sum((-1, -2)), trace_A,
-                torch.full_like(trace_M, tokens.shape[1])])
-        # MI is the sum of all entries of M * I, the trace; the others alike. Least squares gives
-        # two equations for scale and D: scale MM + D MI = AM and scale MI + D II = AI.
-        MM, MI, AM, AI, II = sums                                       # (H) each
-        determinant = MM * II - MI * MI                                 # >= 0
-        scale = ((AM * II - AI * MI) / determinant).clamp_min(0)
-        scale = scale.where(determinant > 1e-12 * MM * II, 0)
-        mixer.D.copy_((AI - scale * MI) / II)
-        scale = scale.to(mixer.D.dtype)[:, None]                        # (H, 1)
-        q_rows = mixer.split_in_proj(mixer.in_proj.weight)["q"].unflatten(0, (len(scale), -1))
-        q_bias = mixer.conv1d.bias[-mixer.parts["q"]:].unflatten(0, (len(scale), -1))
-        q_rows.mul_(scale[..., None])                                   # (H, N, D), a view
-        q_bias.mul_(scale)                                              # (H, N), a view
+        scale, D = least_squares(student, teacher, i, u)                # (H) each
+        mixer.D.copy_(D)
+        root = scale.where(scale > 0, 1).sqrt()         # k stays: q = 0 is enough for M = 0
+        biases = mixer.conv1d.bias.split([mixer.parts[part] for part in "vkq"])
+        for part, bias, factor in ("q", biases[2], scale / root), ("k", biases[1], root):
+            factor = factor.to(bias.dtype)[:, None]                     # (H, 1)
+            rows[part].unflatten(0, (len(factor), -1)).mul_(factor[..., None])  # (H, N, D), a view
+            bias.unflatten(0, (len(factor), -1)).mul_(factor)           # (H, N), a view
 
 
-def init_distance(student, teacher, tokens):
-    """init_fit, with decays set by how far each head of the teacher looks back"""
-    init_fit(student, teacher, tokens, decays=True)
+def row_of_decay(h):
+    """h (B, L, D) -> (D), the row of in_proj for which a is nearest to -START_DECAY on all of h
 
-
-@torch.no_grad()
-def set_decays(student, teacher, tokens):
-    """a = -1 / the mean distance between query and key in this head of the teacher, at every token
-
-    Weights e^(a d) over distances d >= 0 have a mean distance of about -1 / a.
-    a = -softplus(A_log), and A_log = (a row of in_proj) . h has no bias that could make it
-    constant. So the row is A_log times `one`, the vector that brings one . h nearest to 1 on these
-    tokens (B, L): least squares, with a ridge.
+    a = -softplus(A_log), and A_log = row . h has no bias that could make it constant. So the row is
+    A_log times `one`, the vector that brings one . h nearest to 1: least squares, with a ridge.
     """
-    position = torch.arange(tokens.shape[1], device=tokens.device)
-    back = (position[:, None] - position).clamp_min(0)                  # (L, L), i - j
-    layers = teacher.inputs(tokens, only=student.ssm_layers)
-    for i, u in progress_bar(layers, "set the decays", len(student.ssm_layers)):
-        layer = student.layers[i]
-        distances = [(teacher.matrix(i, row[None]) * back).sum(-1).mean(-1) for row in u]
-        # At least 0.25, because 1 / 0 is infinite for a head that sees only its own token.
-        distance = torch.cat(distances).mean(0).clamp_min(0.25).double()    # (H)
-        h = layer.input_layernorm(u.float()).flatten(0, 1).double()     # (B L, D)
-        gram = h.T @ h / len(h)                                         # (D, D)
-        gram.diagonal().add_(1e-2 * gram.diagonal().mean())             # the ridge
-        one = torch.linalg.solve(gram, h.mean(0))                       # (D)
-        rows = layer.mixer.split_in_proj(layer.mixer.in_proj.weight)["a"]   # (H, D)
-        A_log = (1 / distance).expm1().log()            # (H), with softplus(A_log) = 1 / distance
-        rows.copy_(torch.outer(A_log, one))
+    h = h.flatten(0, 1).double()                                        # (B L, D)
+    gram = h.T @ h / len(h)                                             # (D, D)
+    gram.diagonal().add_(1e-2 * gram.diagonal().mean())                 # the ridge
+    one = torch.linalg.solve(gram, h.mean(0))                           # (D)
+    return math.log(math.expm1(START_DECAY)) * one      # softplus(log(e^x - 1)) = x
 
 
-INITS = {"mohawk": init_mohawk, "qkv": init_qkv, "fit": init_fit, "distance": init_distance,
-         "conv": init_conv, "random": init_random}
+def least_squares(student, teacher, i, u):
+    """-> scale, D (H) of init_fit for layer i, on its inputs u (B, L, D)"""
+    sums = 0
+    for row in u.float()[:, None]:                                      # (1, L, D), of the batch
+        M = student.matrix(i, row)[0].double()                          # (H, L, L)
+        A = teacher.matrix(i, row)[0].double()                          # (H, L, L)
+        trace_M = M.diagonal(dim1=-2, dim2=-1).sum(-1)                  # (H)
+        trace_A = A.diagonal(dim1=-2, dim2=-1).sum(-1)                  # (H)
+        sums = sums + torch.stack([
+            (M * M).sum((-1, -2)), trace_M, (A * M).sum((-1, -2)), trace_A,
+            torch.full_like(trace_M, u.shape[1])])
+    # MI is the sum of all entries of M * I, the trace; the others alike. Least squares gives two
+    # equations for scale and D: scale MM + D MI = AM and scale MI + D II = AI.
+    MM, MI, AM, AI, II = sums                                           # (H) each
+    determinant = MM * II - MI * MI                                     # >= 0
+    scale = ((AM * II - AI * MI) / determinant).clamp_min(0)
+    scale = scale.where(determinant > 1e-12 * MM * II, 0)
+    return scale, (AI - scale * MI) / II
+
+
+INITS = {"mohawk": init_mohawk, "qkv": init_qkv, "fit": init_fit, "conv": init_conv,
+         "random": init_random}
 
 
 # -----------------------------------------------------------------------------

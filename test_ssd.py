@@ -72,7 +72,7 @@ import model_ssm
 import model_teacher
 import prepare
 import ssd_kernel
-from model_ssm import SILU_IS_ONE, SSM, Config, UsageError, rename
+from model_ssm import SILU_IS_ONE, SSM, START_DECAY, Config, UsageError, rename
 from model_teacher import Teacher
 from prepare import Tokenizer, Tokens
 from ssd_kernel import (distillation_loss, mixing_matrix, orientation_loss, orientation_loss_naive,
@@ -2705,7 +2705,7 @@ def test_the_teacher_is_in_bf16_where_the_device_is_faster_in_it(
 
 # bf16 rounds by 2^-9 at most. In each of 3 layers some 10 roundings follow each other: were all in
 # one direction, they would add up to 6%, in the teacher's answer and in the distance to it.
-@pytest.mark.parametrize("init", ["mohawk", "qkv", "fit", "distance"])
+@pytest.mark.parametrize("init", ["mohawk", "qkv", "fit"])
 @pytest.mark.parametrize("name", ["phi", "smollm2"])
 def test_all_starts_and_stages_take_a_teacher_in_bf16(tmp_path, name, init):
     random_model(name).save_pretrained(tmp_path)
@@ -2980,18 +2980,23 @@ def test_a_recipe_is_the_start_the_rates_and_the_schedule_of_another_preset():
     assert paper.init == "mohawk" != own.init and own.budgets[3].batch == paper.budgets[3].batch
 
 
-def test_a_fitted_student_reaches_as_far_as_its_teacher_and_no_scale_is_better(data_folder):
+def test_a_fitted_student_forgets_slowly_and_no_scale_or_skip_is_better(data_folder):
     teacher = random_teacher()
     for layer in teacher.layers:                # what a norm says has a part that is always there,
         layer.input_layernorm.bias.fill_(1.0)           # in every trained teacher
     tokens = Tokens(data_folder).batch(0, 4, 32)[:, :-1]
-    student = SSM.from_teacher(teacher, (1,), "distance", tokens)
+    student = SSM.from_teacher(teacher, (1,), "fit", tokens)
     for i, u in teacher.inputs(tokens, only=student.ssm_layers):
         layer = student.layers[i]
-        a = layer.mixer.project(layer.input_layernorm(u))[3].mean((0, 1))           # (H)
+        q, k, _, a, _, _ = layer.mixer.project(layer.input_layernorm(u))
+        # its mean, over inputs in which the constant part is as large as the rest
+        assert rel(a.mean((0, 1)), torch.full((4,), -START_DECAY)) < 0.2
+        # the scale is in q and k alike: the teacher's random q and k are of one size, but for the
+        # softmax's 1 / sqrt(N) in q, whose sizes in 16 directions of 4 heads differ by chance
+        fitted = [h for h in range(4) if q[:, :, h].any()]
+        ratio = (q.square().mean((0, 1, 3)) / k.square().mean((0, 1, 3))).sqrt()[fitted]
+        assert fitted and (ratio * 8 ** 0.5).log().abs().max() < math.log(2)
         M = teacher.matrix(i, u)                                                    # (B, H, L, L)
-        far = sum(M[:, :, t, j] * (t - j) for t in range(32) for j in range(t)).mean(0) / 32
-        assert rel(-1 / a, far) < 0.1
         # at the least of || P - c M - D I ||^2 the rest is at right angles to M and to I
         rest, decayed = M - student.matrix(i, u), student.matrix(i, u)
         for direction in (decayed, torch.eye(32).expand_as(M)):
@@ -3000,7 +3005,7 @@ def test_a_fitted_student_reaches_as_far_as_its_teacher_and_no_scale_is_better(d
             assert angle.abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("init", ["fit", "distance", "qkv"])
+@pytest.mark.parametrize("init", ["fit", "qkv"])
 @pytest.mark.parametrize("pruned", ["q_proj", "k_proj", "v_proj"])
 def test_a_pruned_head_starts_at_zero_and_the_others_as_before(init, pruned):
     before, after = random_teacher("llama"), random_teacher("llama")
