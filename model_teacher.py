@@ -120,14 +120,18 @@ class Teacher(Generation):
         if not options:     # for its checks alone, before the weights are read
             hf_config(name)             # (the config of a GGUF file comes with its weights)
         try:
+            # A GGUF file is read in fp32 first: of bf16 transformers warns that it would be slow.
             model, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options)
+                path, dtype=torch.float32 if options else dtype, output_loading_info=True,
+                trust_remote_code=False, **options)
         except Exception as error:                  # the hub client raises a dozen unrelated types
             raise UsageError(f"cannot load the teacher {name}: {first_line(error)} "
                              f"({cure(name, path)})") from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if wrong := sorted(info[kind]):
                 raise UsageError(f"the teacher {name} does not match its config.json: {wrong[0]}")
+        for parameter in model.parameters():        # not the buffers: rotary angles need fp32
+            parameter.data = parameter.data.to(dtype)
         return cls(model.to(device), name)
 
     @classmethod
