@@ -164,21 +164,21 @@ PRESETS = {
     "phi": dict(
         teacher="microsoft/phi-1_5", data="allenai/c4", config="en", context=2048, micro_batch=8,
         tokens=3e9, shares=(80, 160, 2760), batch=(2**15, 2**15, 2**19), eval_tokens=2**19,
-        init="mohawk", lr=(5e-4, 2e-3, 5e-4), warmup=0.1, decay=0.1),
-    # a real teacher on two CPU cores
+        init="mohawk", lr=(5e-4, 2e-3, 5e-4), warmup=0.1, decay=0.1, weight_decay=0.1),
+    # a real teacher on two CPU cores, in hours
     "smollm2": dict(
-        teacher="smollm2", data=None, config=None, context=256, micro_batch=4,
-        tokens=110e3, shares=(1, 6, 4), batch=(256,), eval_tokens=2**13,
-        init="fit", lr=(1e-3, 1e-3, 5e-4), warmup=0.1, decay=0.7),
+        teacher="smollm2", data=None, config=None, context=512, micro_batch=2,
+        tokens=2e6, shares=(1, 24, 25), batch=(512, 512, 1024), eval_tokens=2**14,
+        init="fit", lr=(5e-4, 1e-3, 3e-4), warmup=0.1, decay=0.7, weight_decay=0.0),
     # everything in minutes, with no download
     "tiny": dict(
         teacher="tiny", data="stdlib", config=None, context=256, micro_batch=8,
         tokens=0.96e6, shares=(1, 6, 17), batch=(256,), eval_tokens=2**16,
-        init="fit", lr=(2e-3, 4e-3, 1e-3), warmup=0.1, decay=0.7),
+        init="fit", lr=(2e-3, 4e-3, 1e-3), warmup=0.1, decay=0.7, weight_decay=0.1),
 }
 # What --recipe takes from another preset. (Of a run folder, the recipe is all that decides its
 # weights and report: see recipe_of.)
-RECIPE = ("init", "shares", "lr", "warmup", "decay")
+RECIPE = ("init", "shares", "lr", "warmup", "decay", "weight_decay")
 
 
 # -----------------------------------------------------------------------------
@@ -1356,7 +1356,7 @@ def add_method_flags(add):
     add("--warmup", type=fraction, help="share of the steps in which the rate rises [0.1]")
     add("--decay", type=fraction, help="share of the steps in which it falls [the recipe's]")
     add("--betas", type=fraction, nargs=2, default=(0.9, 0.95), help="AdamW's [0.9 0.95]")
-    add("--weight_decay", type=not_negative, default=0.1, help="of matrices [%(default)s]")
+    add("--weight_decay", type=not_negative, help="of matrices [the recipe's]")
     add("--clip", type=not_negative, default=1.0, help="largest gradient norm, 0: none [1.0]")
     add("--optimizer", choices=("adamw", "adamw8bit"), default="adamw",
         help="of 8 bits: 2 bytes a parameter instead of 8, needs torchao [%(default)s]")
