@@ -3569,7 +3569,7 @@ def test_every_long_wait_has_a_bar(teacher_folder, monkeypatch, capsys):
 
     monkeypatch.setattr(model_ssm, "tqdm", Slow)
     teacher = Teacher.load(str(teacher_folder))
-    student = SSM.from_teacher(teacher, (), "distance", some_tokens(B=2, L=16))
+    student = SSM.from_teacher(teacher, (), "fit", some_tokens(B=2, L=16))
     windows = some_tokens(B=64, L=16)
     monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 1)
     evaluation.compare(student, teacher, windows)
@@ -3578,7 +3578,7 @@ def test_every_long_wait_has_a_bar(teacher_folder, monkeypatch, capsys):
     evaluation.by_position(student, teacher, windows.repeat(30, 1))
     student.generate(windows[:, :4], 9)
     shown = capsys.readouterr().err
-    for doing in ("draw random weights", "hash the teacher", "fit the start", "set the decays",
+    for doing in ("draw random weights", "hash the teacher", "fit the start",
                   "evaluate", "evaluate by position", "write"):
         if doing == "hash the teacher":
             assert teacher.fingerprint

@@ -6,6 +6,8 @@ Run:  python -m extras.pictures out/tiny
     matrices.png      who attends to whom: the teacher, and the student after each stage
     differences.png   student - teacher
     loss.png          what each stage minimises, against tokens
+    power.png         stage 3's KL on log axes, a power law through its last three quarters, and
+                      what it promises for more tokens, which is printed too
     layers.png        the distances of `python eval.py out/tiny`, layer by layer, after each stage
     speed.png         if there is a speed.json: `python eval.py out/tiny --speed` writes it
 """
@@ -96,17 +98,49 @@ def draw_lines(path, title, panels, marker="o", contexts=False):
 
 def draw_losses(path, title, log):
     """log: the events of log.jsonl. A point is the mean of 1% of a stage's steps."""
-    log = list(log)
     panels = {}
     for stage, unit in ((1, "Frobenius distance"), (2, "distance"), (3, "KL, nats a token")):
-        events = [event for event in log if event["stage"] == f"stage {stage}"]
-        n = max(1, len(events) // 100)      # events of a point
-        x, y = [], []
-        for i in range(0, len(events) - n + 1, n):
-            x.append(statistics.mean(e["tokens"] for e in events[i:i + n]) * 1e-6)
-            y.append(statistics.mean(e["loss"] for e in events[i:i + n]))
-        panels[f"stage {stage}"] = "tokens, millions", unit, {"": (x, y)}
+        panels[f"stage {stage}"] = "tokens, millions", unit, {"": loss_curve(log, stage)}
     draw_lines(path, title, panels, marker="")
+
+
+def loss_curve(log, stage, points=100):
+    """-> millions of tokens, losses: lists of means of this stage's steps, about `points` long"""
+    events = [event for event in log if event["stage"] == f"stage {stage}"]
+    n = max(1, len(events) // points)       # events of a point
+    x, y = [], []
+    for i in range(0, len(events) - n + 1, n):
+        x.append(statistics.mean(e["tokens"] for e in events[i:i + n]) * 1e-6)
+        y.append(statistics.mean(e["loss"] for e in events[i:i + n]))
+    return x, y
+
+
+def fit_power_law(x, y):
+    """Numbers above 0 -> a, b with y = a x^b, by least squares between logarithms
+
+    >>> a, b = fit_power_law([1, 10, 100], [2, 0.2, 0.02])
+    >>> round(a, 6), round(b, 6)
+    (2.0, -1.0)
+    """
+    b, log_a = statistics.linear_regression([math.log(t) for t in x], [math.log(t) for t in y])
+    return math.exp(log_a), b
+
+
+def draw_power_law(path, title, log):
+    """Stage 3's loss against its tokens, and the law. Nothing is drawn of fewer than 8 steps."""
+    x, y = loss_curve(log, 3)
+    if len(x) < 8:
+        print(f"no {path}: a power law needs 8 steps of stage 3, the log has {len(x)}")
+        return
+    a, b = fit_power_law(x[len(x) // 4:], y[len(x) // 4:])
+    more = [x[-1], 10 * x[-1], 100 * x[-1]]
+    promised = [a * tokens ** b for tokens in more]
+    print(f"stage 3 | KL = {a:.3f} (million tokens)^{b:.3f} in the last three quarters: at "
+          + ", ".join(f"{t:,.3g}M {kl:.3f}" for t, kl in zip(more, promised, strict=True)))
+    lines = {"stage 3": (x, y), "power law": ([x[len(x) // 4], *more], [
+        a * x[len(x) // 4] ** b, *promised])}
+    draw_lines(path, title, {"KL to the teacher, in training": (
+        "tokens of stage 3, millions", "nats a token", lines)}, marker="", contexts=True)
 
 
 def draw_layers(path, title, distances):
@@ -145,9 +179,11 @@ def main(arguments=None):
     students = all_students(run)
     heads = choose_heads(args, students["as copied"])
     windows = run.windows(run.context)                                  # (n, L + 1)
+    log = list(read_log(run.folder / "log.jsonl"))
     draw_all_matrices(run, students, heads, windows[:1, :args.picture_tokens].to(run.device))
     draw_losses(run.folder / "loss.png", f"{run.folder}: what each stage minimises",
-                read_log(run.folder / "log.jsonl"))
+                log)
+    draw_power_law(run.folder / "power.png", f"{run.folder}: what more tokens would bring", log)
     tokens = windows[:16, :-1].to(run.device)                           # (16, L)
     distances = {}
     for name, student in students.items():

@@ -1376,13 +1376,29 @@ def test_bench_times_every_stage_with_no_download(tmp_path, monkeypatch, capsys)
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
 def test_pictures_are_drawn_into_the_runs_folder(its_copy):
     before = {path.name for path in its_copy.iterdir()}
+    steps = sum(e["stage"] == "stage 3" for e in distill.read_log(its_copy / "log.jsonl"))
+    steps_enough = steps >= 8
     few = ["--eval_tokens", "512", "--picture_tokens", "16"]
     evaluation.main([str(its_copy), "--speed", "--contexts", "16", "32"])
     pictures.main([str(its_copy), "--heads", "0:3", "2:0", *few])
     drawn = {path.name for path in its_copy.iterdir()} - before - {"speed.json"}
-    assert drawn == {"matrices.png", "differences.png", "loss.png", "layers.png", "speed.png"}
+    assert drawn == {"matrices.png", "differences.png", "loss.png", "layers.png", "speed.png",
+                     *["power.png"] * steps_enough}
     for path in its_copy.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
+def test_a_power_law_is_found_again_and_said(tmp_path, capsys):
+    log = [{"stage": "stage 3", "tokens": 1e4 * n, "loss": 0.5 * (1e-2 * n) ** -0.25}
+           for n in range(1, 101)]
+    pictures.draw_power_law(tmp_path / "power.png", "a law", log)
+    assert ("KL = 0.500 (million tokens)^-0.250 in the last three quarters: at 1M 0.500, "
+            "10M 0.281, 100M 0.158") in capsys.readouterr().out
+    assert (tmp_path / "power.png").stat().st_size > 10_000
+    pictures.draw_power_law(tmp_path / "short.png", "a law", log[:7])
+    assert "needs 8 steps of stage 3, the log has 7" in capsys.readouterr().out
+    assert not (tmp_path / "short.png").exists()
 
 
 def test_the_benchmark_measures_says_what_it_left_out_and_writes_it_down(tmp_path, capsys):
