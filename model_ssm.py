@@ -929,8 +929,9 @@ def init_random(student, teacher, tokens):
 def init_qkv(student, teacher, tokens):
     """q, k, v and out_proj of each layer from the teacher's attention in that layer
 
-    They have the same roles in both, so the student's scores q k^T start as the teacher's, without
-    its rotary embedding, softmax and norms of q and k. The bias of its output has no place here.
+    They have the same roles in both. The convolution starts as the identity, so q k^T starts as
+    the teacher's scores, without its rotary embedding, softmax and norms of q and k. The bias of
+    its output has no place here.
     """
     weights = teacher.weights()
     for i in student.ssm_layers:
@@ -944,8 +945,7 @@ def copy_qkv(mixer, attention):
     """attention: {"q_proj.weight": tensor, ...} of one layer of the teacher, copied into mixer"""
     c = mixer.config
     if (c.n_qk_head, c.d_state) != (c.n_head, c.head_dim):
-        raise UsageError("init qkv needs d_state = head_dim and q, k for every head, "
-                         "as the teacher has them")
+        raise UsageError("init qkv needs d_state = head_dim and q, k for every head")
     rows = mixer.split_in_proj(mixer.in_proj.weight)
     channels = list(rows)[:3]       # what goes through the convolution: v, k, q in Mamba2
     sizes = [len(rows[part]) for part in channels]
@@ -976,9 +976,10 @@ def init_fit(student, teacher, tokens):
     """init_qkv with slow decays, then two numbers per head that minimise || A - scale M - D I ||_F
 
     A is the head's attention matrix in the teacher, M the student's mixing matrix without its skip,
-    both on these tokens (B, L). q . k is multiplied by the scale, some hundredths, because scores
-    are too large without a softmax. It is 0 where least squares would make it negative, where M is
-    0, and where M is a multiple of I, which D can replace.
+    both on what that layer of the teacher reads when it is given these tokens (B, L). q . k is
+    multiplied by the scale, some hundredths, because scores are too large without a softmax. It is
+    0 where least squares would make it negative, where M is 0, and where M is a multiple of I,
+    which D can replace.
 
     q and k take its square root each: AdamW moves all weights by about the same step, so in q alone
     it would make each step some hundred times as large beside q's weights as beside k's. PyTorch's
@@ -1004,10 +1005,10 @@ def init_fit(student, teacher, tokens):
 
 
 def row_of_decay(h):
-    """h (B, L, D) -> (D), the row of in_proj for which a is nearest to -START_DECAY on all of h
+    """h (B, L, D) -> (D), the row of in_proj for which a is about -START_DECAY on all of h
 
-    a = -softplus(A_log), and A_log = row . h has no bias that could make it constant. So the row is
-    A_log times `one`, the vector that brings one . h nearest to 1: least squares, with a ridge.
+    a = -softplus(A_log), A_log = row . h, without a bias. So the row is the A_log that is wanted,
+    -2.25, times `one`, the vector that brings one . h nearest to 1: least squares, with a ridge.
     """
     h = h.flatten(0, 1).double()                                        # (B L, D)
     gram = h.T @ h / len(h)                                             # (D, D)

@@ -1106,8 +1106,8 @@ def distillation_loss(h, W, h_t, W_t, b=None, b_t=None, next_token=None, loss="k
     student: h (n, D)   W (V, D)   b (V) or None        gradients for these three
     teacher: h_t (n, D_t)   W_t (V, D_t)   b_t (V) or None
     loss: "ce" adds the teacher's entropy, T^2 H(p), so it is -T^2 sum p log q: the same gradient
-    hard_weight: of the next token's -log probability at T = 1, the mean over tokens that have one.
-        next_token (n), int64, is -100 where it is unknown
+    hard_weight: adds hard_weight times the student's -log q(next token) at T = 1, the mean over
+        tokens that have one; next_token (n), int64, is -100 where it is unknown
     backend: "torch", "triton", or "auto", which is triton on a GPU, but not in fp64
     -> two scalars in fp32 (fp64 if W is): the loss; and KL(p || q) / KL(p || 1/V), as a share of
     the uniform distribution's, with no gradient. ValueError for shapes that do not fit.
@@ -1116,9 +1116,10 @@ def distillation_loss(h, W, h_t, W_t, b=None, b_t=None, next_token=None, loss="k
     the forward makes the gradients, too, while a block's logits are there. Only dh, dW and db are
     kept. For one token, and without the hard loss:
         z = W h + b      dz = T (q - p) / n      dh = W^T dz      dW = dz h^T      db = dz
-    z is in fp32, because in bf16 logits are off by percents; the teacher's logits are in the dtype
-    of its weights. Under torch.autocast dz and its two products are in autocast's dtype, bf16, as
-    the rest of the backward: they are linear, so rounding changes them by a share of 2^-9.
+    z is in fp32: bf16 rounds a logit of 10 by up to 0.03, and so its probability by 3%. A teacher
+    in bf16 has that error in p, as wherever it is used in bf16. Under torch.autocast dz and its two
+    products are in autocast's dtype, bf16, as the rest of the backward: they are linear, so
+    rounding changes them by a share of 2^-8 at most.
     """
     check_heads(h, W, h_t, W_t)
     if loss not in ("kl", "ce"):
@@ -1212,7 +1213,7 @@ def softmax_gap_torch(z, z_t, T, scale, next_token, weights, dz):
         q = z_c.softmax(-1)
         p = z_t_c.softmax(-1)
         # log p = z_t - lse_t, and lse_t is the largest z_t less the largest log p: two exponentials
-        # a word are all, and with z_t - z in the sum of the KL no large numbers cancel.
+        # a word are all. Near p = q the KL's terms are small: lse and lse_t round it, no more.
         lse = z_c.amax(-1) - q.amax(-1).log()                               # (rows)
         lse_t = z_t_c.amax(-1) - p.amax(-1).log()                           # (rows)
         sums[1, rows] = lse_t - torch.linalg.vecdot(p, z_t_c)
@@ -1237,7 +1238,7 @@ SOFTMAX_TILE = 2048, 8          # words in a block, warps: 8 words for each thre
 def add_words(l_i, m_i, z_c, inv_T):
     """l_i, a lane's sum of e^((z - m_i) / T), and m_i, its largest z -> the sum with z_c added, of
     e^((z - m) / T) with m the larger of m_i and z_c. One of the two has e^0: one exponential is
-    enough.
+    enough. (softmax_gap_kernel says what a lane is.)
     """
     e = tl.exp(-tl.abs(z_c - m_i) * inv_T)
     return tl.where(z_c > m_i, l_i * e + 1, l_i + e)
@@ -1254,8 +1255,9 @@ def softmax_gap_kernel(z, z_t, next_token, weights, dz, sums, n, V, T, scale,
                        BLOCK: tl.constexpr, HARD: tl.constexpr, GRADIENT: tl.constexpr):
     """softmax_gap_torch for one token, in two passes over its V words, BLOCK at a time
 
-    m_i and l_i are FlashAttention's. Each of the BLOCK lanes has its own, so that no block waits
-    for a reduction. The right-hand column says what a line reads and writes.
+    m_i and l_i are FlashAttention's running maximum and sum. There is a pair for each of BLOCK
+    lanes: lane i takes the words i, i + BLOCK, ..., so no block waits for a reduction. The
+    right-hand column says what a line reads and writes.
     """
     row = tl.program_id(0).to(tl.int64)         # offsets have 64 bits: n V may pass 2^31
     z += row * V
@@ -1318,7 +1320,7 @@ def softmax_gap_kernel(z, z_t, next_token, weights, dz, sums, n, V, T, scale,
 
 
 def softmax_gap_triton(z, z_t, T, scale, next_token, weights, dz):
-    """The same in one kernel: it reads z and z_t twice, and writes only dz"""
+    """The same in one kernel: it reads z and z_t twice, and of the maps writes only dz"""
     if z.dtype != torch.float32:
         raise ValueError(f"there is no Triton kernel for {z.dtype}: backend 'torch' takes it")
     n, V = z.shape
