@@ -130,7 +130,8 @@ def distance_of_predictions(student, teacher, h, h_t, *options):
 
     A function of its own for student.call: in sharded training the head is whole only within it.
     """
-    head, head_t = student.lm_head, teacher.model.lm_head
+    head = student.lm_head
+    head_t = teacher.model.lm_head
     return distillation_loss(h, head.weight, h_t, head_t.weight, head.bias, head_t.bias, *options)
 
 

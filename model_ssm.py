@@ -947,9 +947,7 @@ def copy_qkv(mixer, attention):
     if (c.n_qk_head, c.d_state) != (c.n_head, c.head_dim):
         raise UsageError("init qkv needs d_state = head_dim and q, k for every head")
     rows = mixer.split_in_proj(mixer.in_proj.weight)
-    channels = list(rows)[:3]       # what goes through the convolution: v, k, q in Mamba2
-    sizes = [len(rows[part]) for part in channels]
-    biases = dict(zip(channels, mixer.conv1d.bias.split(sizes), strict=True))
+    biases = split_conv_bias(mixer)
     for part in ("v", "k", "q"):
         if part not in rows:        # MetaLA (extras/mixers.py) has a gate in the place of k
             continue
@@ -960,6 +958,12 @@ def copy_qkv(mixer, attention):
         if bias is not None:                            # in_proj has no bias; the convolution has
             biases[part].copy_(scale * per_query_head(bias, c))
     mixer.out_proj.weight.copy_(attention["dense.weight"])
+
+
+def split_conv_bias(mixer):
+    """The convolution's bias -> {part: its numbers}, as views: the parts v, k, q in Mamba2"""
+    channels = dict(list(mixer.parts.items())[:3])      # the first three go through it
+    return dict(zip(channels, mixer.conv1d.bias.split(list(channels.values())), strict=True))
 
 
 def per_query_head(w, config):
@@ -997,11 +1001,11 @@ def init_fit(student, teacher, tokens):
         scale, D = least_squares(student, teacher, i, u)                # (H) each
         mixer.D.copy_(D)
         root = scale.where(scale > 0, 1).sqrt()         # k stays: q = 0 is enough for M = 0
-        biases = mixer.conv1d.bias.split([mixer.parts[part] for part in "vkq"])
-        for part, bias, factor in ("q", biases[2], scale / root), ("k", biases[1], root):
-            factor = factor.to(bias.dtype)[:, None]                     # (H, 1)
+        biases = split_conv_bias(mixer)
+        for part, factor in ("q", scale / root), ("k", root):
+            factor = factor.to(mixer.D.dtype)[:, None]                  # (H, 1)
             rows[part].unflatten(0, (len(factor), -1)).mul_(factor[..., None])  # (H, N, D), a view
-            bias.unflatten(0, (len(factor), -1)).mul_(factor)           # (H, N), a view
+            biases[part].unflatten(0, (len(factor), -1)).mul_(factor)           # (H, N), a view
 
 
 def row_of_decay(h):

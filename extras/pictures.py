@@ -132,13 +132,14 @@ def draw_power_law(path, title, log):
     if len(x) < 8:
         print(f"no {path}: a power law needs 8 steps of stage 3, the log has {len(x)}")
         return
-    a, b = fit_power_law(x[len(x) // 4:], y[len(x) // 4:])
-    more = [x[-1], 10 * x[-1], 100 * x[-1]]
-    promised = [a * tokens ** b for tokens in more]
+    first = len(x) // 4
+    a, b = fit_power_law(x[first:], y[first:])
+    tokens = [x[first], x[-1], 10 * x[-1], 100 * x[-1]]
+    law = [a * t ** b for t in tokens]
+    promised = ", ".join(f"{t:,.3g}M {kl:.3f}" for t, kl in zip(tokens[1:], law[1:], strict=True))
     print(f"stage 3 | KL = {a:.3f} (million tokens)^{b:.3f} in the last three quarters: at "
-          + ", ".join(f"{t:,.3g}M {kl:.3f}" for t, kl in zip(more, promised, strict=True)))
-    lines = {"stage 3": (x, y), "power law": ([x[len(x) // 4], *more], [
-        a * x[len(x) // 4] ** b, *promised])}
+          f"{promised}")
+    lines = {"stage 3": (x, y), "power law": (tokens, law)}
     draw_lines(path, title, {"KL to the teacher, in training": (
         "tokens of stage 3, millions", "nats a token", lines)}, marker="", contexts=True)
 
@@ -179,10 +180,9 @@ def main(arguments=None):
     students = all_students(run)
     heads = choose_heads(args, students["as copied"])
     windows = run.windows(run.context)                                  # (n, L + 1)
-    log = list(read_log(run.folder / "log.jsonl"))
+    log = read_log(run.folder / "log.jsonl")
     draw_all_matrices(run, students, heads, windows[:1, :args.picture_tokens].to(run.device))
-    draw_losses(run.folder / "loss.png", f"{run.folder}: what each stage minimises",
-                log)
+    draw_losses(run.folder / "loss.png", f"{run.folder}: what each stage minimises", log)
     draw_power_law(run.folder / "power.png", f"{run.folder}: what more tokens would bring", log)
     tokens = windows[:16, :-1].to(run.device)                           # (16, L)
     distances = {}
