@@ -45,6 +45,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -68,10 +69,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from eval import choose_device, compare
+from eval import choose_attention, choose_device, compare, show_choice, texts_to_choose_by
 from model_ssm import (INITS, SSM, WRITTEN_AGAIN, Config, UsageError, about_of, check_folder,
-                       damage_in_one_line, delete, file_checksum, first_line, flush, read_json,
-                       write_json, write_file)
+                       damage_in_one_line, delete, file_checksum, first_line, flush, read_config,
+                       read_json, write_json, write_file)
 from model_teacher import TINY, TINY_BATCH, TINY_CONTEXT, Teacher, hf_config, train_tiny
 from prepare import (Parser, Tokenizer, at_least_one, count, fraction, locked, nonempty,
                      not_negative, open_data, positive, run_program, source_of_text, temperature)
@@ -198,18 +199,23 @@ def main(arguments=None):
 def distill(run, finished):
     """The run of `main`, in a folder in which the stages in `finished` are done already."""
     args, checkpoints = run.args, run.checkpoints
-    student_config(args)                    # a teacher no student can copy is refused at once
+    config = student_config(args)           # a teacher no student can copy is refused at once
+    check_start(args, config)
     tokenizer = Tokenizer(args.teacher)
+    check_kd_teacher(args, config, tokenizer)
     with rank_0_first(run):
         data, windows, data_name = open_data(args, tokenizer, run.budget)
         if args.teacher == "tiny":
             make_tiny_teacher(run, tokenizer)
     teacher = load_teacher(run, tokenizer, data, data_name)
+    kd_teacher = load_kd_teacher(run, teacher)
     # Sets checkpoints.finished and, if a run was stopped here, checkpoints.rows.
-    checkpoints.find_unfinished(recipe_of(args, teacher, data), finished, args.fresh, teacher)
+    checkpoints.find_unfinished(recipe_of(args, teacher, kd_teacher, data), finished, args.fresh,
+                                teacher)
     run.description = describe(args, teacher, data_name, run.world)
     barrier()                               # all have looked before rank 0 changes anything
-    # Training data on which --init fit makes the mixers' matrices as near to attention as they get
+    # Training data on which --init fit makes the mixers' matrices as near to attention as they get,
+    # and --attn_layers auto chooses layers
     calibration_tokens = data.batch(0, 8, args.context)[:, :-1].to(run.device)      # (8, L)
 
     todo = [stage for stage in args.stage if stage not in checkpoints.finished]
@@ -217,27 +223,36 @@ def distill(run, finished):
         checkpoints.check_finished(run.folder / f"stage{stage}", stage)
         print(f"stage {stage} | was finished before: {run.folder}/stage{stage}")
     for stage in todo:
-        student, about = load_or_init_student(run, stage, teacher, calibration_tokens)
+        student, about = load_or_init_student(run, stage, teacher, tokenizer, calibration_tokens)
         if stage == todo[0]:                # every refusal is behind us: files may change now
             run.remove_leftovers()
             if not checkpoints.rows:        # not even the teacher's: a new run
                 run.reset()
                 checkpoints.record(teacher=compare(teacher, teacher, windows))
+                if kd_teacher is not teacher:
+                    checkpoints.record(kd_teacher=compare(kd_teacher, teacher, windows))
             compile_and_shard(teacher, shard_teacher, args)
+            if kd_teacher is not teacher:
+                compile_and_shard(kd_teacher, shard_teacher, args)
         student.to(run.device)
         student.recompute = args.recompute
         compile_and_shard(student, shard_student, args)
         # A fresh student is the report's row "copied": what the copy alone is worth, untrained
         if about["tokens"] == 0 and "copied" not in checkpoints.rows:
             checkpoints.record(copied=compare(student, teacher, windows) | about)
-        run_stage(run, stage, student, about, teacher, data, windows)
+        # That of another run is the row "start"
+        if args.from_folder and stage == args.stage[0] and "start" not in checkpoints.rows:
+            spent = {name: about[name] for name in ("tokens", "seconds")}
+            checkpoints.record(start=compare(student, teacher, windows) | spent)
+        run_stage(run, stage, student, about, teacher, kd_teacher, data, windows)
     finish(run)
 
 
-def run_stage(run, number, student, about, teacher, data, windows):
+def run_stage(run, number, student, about, teacher, kd_teacher, data, windows):
     """One stage, from the student at its start to its model folder.
 
     number: of the stage   about: tokens and seconds spent before
+    kd_teacher: whose predictions stage 3 learns; the report compares with `teacher`
     windows (n, L + 1): validation tokens to report on
     """
     name, stage = f"stage {number}", stage_table(run.args)[number]
@@ -245,7 +260,7 @@ def run_stage(run, number, student, about, teacher, data, windows):
     print(f"\n{name} of 3 | {first_line_of_doc(stage.loss_fn)}")
     with stop_on_signals(run):              # train saves before it stops
         # Each stage reads on in the data where the one before stopped.
-        seconds = train(run, name, stage, student, teacher, data,
+        seconds = train(run, name, stage, student, kd_teacher if number == 3 else teacher, data,
                         about["tokens"] // run.args.context, budget)
         steps = budget.tokens // budget.batch
         if run.mean([bool(run.stop)])[0]:   # a signal came while the last state was saved
@@ -359,6 +374,34 @@ def load_teacher(run, tokenizer, data, data_name):
     return teacher
 
 
+def load_kd_teacher(run, teacher):
+    """--kd_teacher, whose predictions stage 3 learns, on its device; without it the teacher itself
+
+    Its width and depth are its own: stages 1 and 2 do not see it.
+    """
+    name = run.args.kd_teacher
+    if name is None:
+        return teacher
+    kd_teacher = Teacher.load(name, run.device, run.dtype)
+    parameters = sum(p.numel() for p in kd_teacher.model.parameters())
+    print(f"kd_teacher {name}: {parameters:,} parameters, {len(kd_teacher.layers)} layers: stage 3 "
+          f"learns its predictions | KL in the report is to {teacher.name}")
+    return kd_teacher
+
+
+def check_kd_teacher(args, config, tokenizer):
+    """UsageError if --kd_teacher predicts other tokens than the teacher: before its weights load"""
+    if args.kd_teacher is None:
+        return
+    words = hf_config(args.kd_teacher).vocab_size
+    if words != config.vocab_size:
+        raise UsageError(f"--kd_teacher {args.kd_teacher} scores {words:,} tokens, {args.teacher} "
+                         f"{config.vocab_size:,}: stage 3 compares them one by one")
+    if Tokenizer(args.kd_teacher).fingerprint != tokenizer.fingerprint:
+        raise UsageError(f"--kd_teacher {args.kd_teacher} has another tokenizer than "
+                         f"{args.teacher}: their tokens are not the same words")
+
+
 def make_tiny_teacher(run, tokenizer):
     """Train out/tiny-teacher if it is not there. All runs share it, whatever their seed.
 
@@ -373,22 +416,28 @@ def make_tiny_teacher(run, tokenizer):
                    run.device, run.autocast)
 
 
-def load_or_init_student(run, stage, teacher, calibration_tokens):
+def load_or_init_student(run, stage, teacher, tokenizer, calibration_tokens):
     """What `stage` starts from: the previous stage's folder, loaded strictly, or a fresh student.
 
-    calibration_tokens (B, L)   -> the student on the CPU, {"tokens", "seconds"} spent on it so far
+    For this command's first stage, --from takes the place of that folder.
+    calibration_tokens (B, L)   -> the student, {"tokens", "seconds"} spent on it so far
     UsageError if that folder's student is not one of this teacher and of these flags.
     """
     args = run.args
     # With --stage 1 3, stage 3 goes on from stage 1; with --stage 3 alone, from stage 2's folder.
     previous = max((s for s in run.checkpoints.finished if s < stage), default=stage - 1)
     folder = run.folder / f"stage{previous}"
+    of_another_run = args.from_folder and not run.checkpoints.finished
+    if of_another_run:
+        folder = Path(args.from_folder)
     if folder.exists() or previous in run.checkpoints.finished:
         student = SSM.from_pretrained(folder)                   # every tensor, and no other
         about = student.about
-        if why := mismatch(student.config, about, teacher, args):
+        if why := mismatch(student.config, about, teacher, args, of_another_run):
             raise UsageError(f"{folder} {why}")
         print(f"stage {stage} | from {folder} ({about['tokens']:,} tokens) | {student.loaded}")
+        if of_another_run:
+            restore_attention(run, student, teacher, tokenizer, calibration_tokens)
         return student, about
     if stage > 1:                           # allowed, as in the paper's ablations, but not silent
         print(f"stage {stage} | there is no {folder}: starts from a copy of the teacher instead")
@@ -406,25 +455,99 @@ def init_student(args, teacher, calibration_tokens):
     return SSM.from_teacher(teacher, layers, args.init, calibration_tokens, mixer=args.mixer)
 
 
-def mismatch(config, about, teacher, args):
+def restore_attention(run, student, teacher, tokenizer, calibration_tokens):
+    """Give the student from --from the teacher's attention in the layers of --attn_layers"""
+    args = run.args
+    before = student.config.attn_layers
+    wanted = how_many(args.attn_layers)
+    if wanted is None:
+        named = layer_numbers(args.attn_layers, student.config.n_layer)
+        layers = [i for i in named if i not in before]
+    elif wanted == len(before):
+        layers = []
+    else:
+        layers = choose_layers(run, student, teacher, tokenizer, calibration_tokens)
+    student.restore_attention(teacher, layers)
+    if layers:
+        tensors = sum(len(student.layers[i].mixer.state_dict()) for i in layers)
+        print(f"attention | layers {', '.join(map(str, layers))}: {tensors} tensors from "
+              f"{teacher.name} in place of the mixers'")
+    check_stages(args, student.config, teacher.config)
+
+
+def choose_layers(run, student, teacher, tokenizer, calibration_tokens):
+    """--attn_layers auto:K -> the layers chosen, best first; attention.json says what each is worth
+
+    A run that goes on takes them from that file, as the processes do that are not rank 0.
+    """
+    args, path = run.args, run.folder / "attention.json"
+    K = how_many(args.attn_layers) - len(student.config.attn_layers)
+    with rank_0_first(run):
+        if run.rank == 0 and not run.checkpoints.rows:
+            student.to(run.device)
+            texts = texts_to_choose_by(args.attn_score, calibration_tokens, tokenizer, args.context)
+            with run.autocast():
+                choice = choose_attention(student, teacher, K, *texts)
+            write_json(path, {"score": args.attn_score} | choice)
+            show_choice(choice)
+        cure = "--fresh chooses again"
+        choice = read_json(path, cure)
+        with damage_in_one_line(path, cure):
+            layers = [int(x["layer"]) for x in choice["rounds"]]
+            if len({*layers} & {*range(student.config.n_layer)}) != K:
+                raise ValueError(f"it has layers {layers}")
+    return layers
+
+
+def mismatch(config, about, teacher, args, of_another_run=False):
     """Why a stage's folder is not what this command goes on from, or None
 
     config, about: of the student in the folder. Without these checks a student would go on with
-    another teacher's targets, and its loss would not show it.
+    another teacher's targets, and its loss would not show it. of_another_run: it is in --from
     """
     if not teacher.has_fingerprint(about.get("teacher_fingerprint")):
+        cure = ("give --teacher its own" if of_another_run else
+                "choose another --out, or run the stages before it again")
         return (f"was distilled from {about.get('teacher')}, whose weights are not those of "
-                f"{teacher.name}: choose another --out, or run the stages before it again")
-    if config.n_layer != len(teacher.layers):
-        return (f"has {config.n_layer} layers, this run has {len(teacher.layers)}: choose "
-                "another --out, or --n_layer")
-    attn_layers = layer_numbers(args.attn_layers, len(teacher.layers))
-    if args.attn_layers is not None and attn_layers != config.attn_layers:
-        return (f"keeps attention in layers {config.attn_layers}, --attn_layers is "
-                f"{attn_layers}: choose another --out")
+                f"{teacher.name}: {cure}")
+    return misshapen(config, len(teacher.layers), args, of_another_run)
+
+
+def misshapen(config, n_layer, args, of_another_run):
+    """What `mismatch` can say before a teacher, of n_layer layers, is loaded"""
+    cure = "choose another --from" if of_another_run else "choose another --out"
+    if config.n_layer != n_layer:
+        return f"has {config.n_layer} layers, this run has {n_layer}: {cure}, or --n_layer"
+    before, n = config.attn_layers, how_many(args.attn_layers)
+    if n is not None:
+        if len(before) > n or len(before) < n and not of_another_run:
+            return (f"has attention in {len(before)} layers, --attn_layers is auto:{n}: {cure}")
+    elif args.attn_layers is not None:
+        wanted = layer_numbers(args.attn_layers, n_layer)
+        if not of_another_run and wanted != before:
+            return f"keeps attention in layers {before}, --attn_layers is {wanted}: {cure}"
+        if lost := sorted(set(before) - set(wanted)):
+            return (f"has attention in layer {lost[0]}, which has no mixer any more: add it to "
+                    "--attn_layers")
     if args.mixer != config.mixer:
-        return (f"has {config.mixer} mixers, --mixer is {args.mixer}: choose another --out, "
-                f"or --mixer {config.mixer}")
+        return (f"has {config.mixer} mixers, --mixer is {args.mixer}: {cure}, or --mixer "
+                f"{config.mixer}")
+
+
+def check_start(args, config):
+    """UsageError if --from has no student for this command, by its config.json: no weights are read
+
+    config: of this command's student
+    """
+    if args.from_folder is None:
+        return
+    folder = Path(args.from_folder)
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"--from {folder}: there is no config.json. Give a stage folder of a run, "
+                         "such as out/smollm2/stage2")
+    before = read_config(read_json(folder / "config.json", WRITTEN_AGAIN))
+    if why := misshapen(before, config.n_layer, args, of_another_run=True):
+        raise UsageError(f"--from {folder} {why}")
 
 
 def student_config(args):
@@ -441,18 +564,40 @@ def student_config(args):
     shapes = Teacher.random(hf, "meta").at(n_layer).shapes      # meta: tensors with no contents
     config = Config(**shapes | {"attn_layers": kept_attention(args, n_layer),
                                 "mixer": args.mixer})
-    for number, stage in stage_table(args).items():
-        if stage.check and number in args.stage:
-            stage.check(config, hf)
+    check_stages(args, config, hf)
     return config
 
 
+def check_stages(args, config, hf):
+    """UsageError if a student of these shapes lacks what an objective compares"""
+    for number, stage in stage_table(args).items():
+        if stage.check and number in args.stage:
+            stage.check(config, hf)
+
+
 def kept_attention(args, n_layer):
-    """--attn_layers as a tuple of numbers; not all layers may keep attention"""
-    layers = layer_numbers(args.attn_layers, n_layer)
+    """--attn_layers as a tuple of numbers; not all layers may keep attention
+
+    auto:K gives the first K layers: as many as it will be, before the student says which.
+    """
+    n = how_many(args.attn_layers)
+    if n is not None and n >= n_layer:
+        raise UsageError(f"--attn_layers auto:{n}: of {n_layer} layers at most {n_layer - 1} may "
+                         "have attention, or there is no mixer to teach")
+    layers = layer_numbers(args.attn_layers, n_layer) if n is None else tuple(range(n))
     if set(range(n_layer)) <= set(layers):
         raise UsageError("every layer keeps its attention: there is no mixer to teach")
     return layers
+
+
+def how_many(names):
+    """["auto:4"] -> 4; None if --attn_layers names layers"""
+    if not names or not names[0].startswith("auto"):
+        return None
+    if len(names) > 1 or not re.fullmatch("auto:[1-9][0-9]{0,5}", names[0]):
+        raise UsageError(f"--attn_layers {' '.join(names)}: give auto:K, such as auto:4, for K "
+                         "layers, at least 1")
+    return int(names[0].removeprefix("auto:"))
 
 
 def layer_numbers(names, n_layer):
@@ -462,7 +607,8 @@ def layer_numbers(names, n_layer):
     try:
         return tuple(sorted({int(i) for i in names or ()}))
     except ValueError as error:
-        raise UsageError(f"--attn_layers {' '.join(names)}: give layer numbers, or all") from error
+        raise UsageError(f"--attn_layers {' '.join(names)}: give layer numbers, all, or "
+                         "auto:K") from error
 
 
 def finish(run):
@@ -474,14 +620,15 @@ def finish(run):
     barrier()
     if run.rank:
         return
-    rows = {name: row for name, row in checkpoints.rows.items() if name in ("teacher", "copied")}
+    rows = {name: row for name, row in checkpoints.rows.items() if not name.startswith("stage")}
     last = max(checkpoints.finished)
     for stage in range(1, last + 1):        # earlier stages of this student are read from disk
-        # A folder of a stage that was left out (--stage 1 3) is of an older run.
-        of_this_student = stage in args.stage or (
-            stage < args.stage[0] and (run.folder / f"stage{args.stage[0] - 1}").exists())
-        if of_this_student and (run.folder / f"stage{stage}").exists():
-            rows[f"stage {stage}"] = read_about(run.folder / f"stage{stage}")
+        # A folder of a stage that was left out (--stage 1 3, or --from) is of an older run.
+        first = args.stage[0]
+        goes_on = not args.from_folder and (run.folder / f"stage{first - 1}").exists()
+        folder = run.folder / f"stage{stage}"
+        if (stage in args.stage or stage < first and goes_on) and folder.exists():
+            rows[f"stage {stage}"] = read_about(folder)
     table = report(rows)
     run.write_description(rows=rows)
     write_file(run.folder / "report.md", table)
@@ -656,11 +803,13 @@ def flops_per_token(config, hf, stage, L):
     2 more where its input's is. Causal attention looks at L / 2 keys on average, at 2 P FLOPs for
     scores and 2 P for values each; SSD in chunks of Q costs each head 2 Q (N + P) inside and 4 N P
     through the state. mfu is this, times tokens/s, over the machine's peak. None for what extras/
-    has, other losses and mixers. With --train mixer the backward counts as if all were trained.
+    has, other losses and mixers, and for a --kd_teacher of other shapes than the student. With
+    --train mixer the backward counts as if all were trained.
     """
     kinds = {matrix_orientation: 1, hidden_state_alignment: 2, knowledge_distillation: 3}
     kind = kinds.get(getattr(stage.loss_fn, "func", stage.loss_fn))     # stage 3's is a partial
-    if kind is None or config.mixer != "mamba2":
+    alike = (hf.hidden_size, hf.intermediate_size) == (config.d_model, config.d_mlp)
+    if kind is None or config.mixer != "mamba2" or not alike:
         return None
     D, H, P, N = config.d_model, config.n_head, config.head_dim, config.d_state
     ssm_layers = [i for i in range(config.n_layer) if i not in config.attn_layers]
@@ -776,6 +925,8 @@ class Run:
         """
         if self.rank == 0:
             delete(self.folder / "report.md")
+            if how_many(self.args.attn_layers) is None:
+                delete(self.folder / "attention.json")
             for stage in (3, 2, 1):
                 if stage >= self.args.stage[0] and stage not in self.checkpoints.finished:
                     delete(self.folder / f"stage{stage}")
@@ -959,10 +1110,17 @@ def recipe_of_arguments(arguments):
     return recipe
 
 
-def recipe_of(args, teacher, data):
+def recipe_of(args, teacher, kd_teacher, data):
     """What must be the same for an unfinished run to go on: a folder of text may have changed"""
-    return recipe_of_arguments(vars(args)) | {
+    recipe = recipe_of_arguments(vars(args)) | {
         "teacher's weights": teacher.fingerprint, "data's checksums": data.fingerprint}
+    if kd_teacher is not teacher:
+        # the part of it that is the same in fp32 and in bf16
+        recipe["kd_teacher's weights"] = kd_teacher.fingerprint.partition("-")[0]
+    if args.from_folder:
+        folder = Path(args.from_folder)
+        recipe["start's weights"] = read_json(folder / "config.json", WRITTEN_AGAIN)["weights"]
+    return recipe
 
 
 def recipe_of_stage(recipe, stage):
@@ -972,7 +1130,7 @@ def recipe_of_stage(recipe, stage):
 
 
 # What recipe_of adds: not known before teacher and data are loaded
-LOADED = {"teacher's weights", "data's checksums"}
+LOADED = {"teacher's weights", "kd_teacher's weights", "start's weights", "data's checksums"}
 
 
 def differences(before, now):
@@ -1339,7 +1497,14 @@ def add_method_flags(add):
         "qkv: that, with the teacher's q, k, v; fit: qkv with slow decays, fitted to its "
         "attention; conv: mohawk, but for PyTorch's convolution; random: "
         "all as PyTorch's modules; scratch: nothing at all is the teacher's [the recipe's]")
-    add("--attn_layers", nargs="+", help="layers that keep attention; paper: 4 10 16 22 [none]")
+    add("--from", dest="from_folder", type=nonempty, metavar="FOLDER", help="start from the "
+        "student in a stage folder of another run [a copy of the teacher]")
+    add("--attn_layers", nargs="+", help="layers that keep attention; paper: 4 10 16 22 [none]. "
+        "With --from: those that get it back; auto:K: the K that the student misses most")
+    add("--attn_score", choices=("kl", "recall"), help="by which auto chooses: the KL on text, or "
+        "on keys to be found again [kl]")
+    add("--kd_teacher", type=nonempty, help="whose predictions stage 3 learns: a larger model of "
+        "the same vocabulary [the teacher]")
     add("--n_layer", type=count, help="a student of fewer layers [the teacher's]")
     add("--objective", nargs="+", metavar=("NAME", "KEY=VALUE"), help="another loss in stage 2's "
         "place: od, hs, mha, matrix or next, see extras/objectives.py")
@@ -1396,8 +1561,12 @@ def resolve(args, world=None):
         preset["init"] = "qkv"              # what is fitted is Mamba-2's matrix
     if args.data not in (None, preset["data"]):
         preset["config"] = None             # the preset's is a part of the preset's own data set
-    args.stage = args.stage or ([2, 3] if args.objective else [1, 2, 3])
+    args.stage = args.stage or stages_to_run(args)
     own = {name: getattr(args, name) for name in ("tokens", "batch", "lr")}     # None: not given
+    if args.from_folder and args.init:
+        raise UsageError(f"--init {args.init} is for a new student, --from has one: leave one out")
+    if how_many(args.attn_layers) is not None:
+        args.attn_score = args.attn_score or "kl"
     for name, value in preset.items():
         if getattr(args, name, 0) is None:
             setattr(args, name, value)
@@ -1406,8 +1575,30 @@ def resolve(args, world=None):
     return args
 
 
+def stages_to_run(args):
+    """Without --stage: all three, or with --from those that its student has not had"""
+    stages = [2, 3] if args.objective else [1, 2, 3]
+    if args.from_folder is None:
+        return stages
+    folder = Path(args.from_folder)
+    known = (folder / "config.json").is_file()          # check_start refuses what is not there
+    done = read_about(folder).get("stage") if known else 2
+    return [stage for stage in stages if stage > (done or 0)] or [3]
+
+
 def refuse(args):
     """UsageError for flags that contradict each other"""
+    if args.from_folder and Path(args.from_folder).resolve().parent == run_folder(args).resolve():
+        raise UsageError(f"--from {args.from_folder} is in the folder of this run: choose another "
+                         "--out")
+    if how_many(args.attn_layers) is not None and not args.from_folder:
+        raise UsageError(f"--attn_layers {args.attn_layers[0]} looks for layers in an aligned "
+                         "student: give --from, a stage folder of a run, such as "
+                         "out/smollm2/stage2")
+    if args.attn_score and how_many(args.attn_layers) is None:
+        raise UsageError("--attn_score is for --attn_layers auto:K, which chooses layers")
+    if args.kd_teacher and 3 not in args.stage:
+        raise UsageError("--kd_teacher is for stage 3: leave it out, or add 3 to --stage")
     if args.data is None:
         raise UsageError(f"--preset {args.preset} brings no text: give --data, a file or folder")
     if set(args.stage) - set(STAGES) or sorted(set(args.stage)) != args.stage:

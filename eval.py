@@ -46,9 +46,11 @@ from model_ssm import (SSM, UsageError, capture_graph, damage_in_one_line, progr
 from model_teacher import Teacher, hf_config
 from prepare import (Parser, Tokenizer, at_least_one, count, nonempty, not_negative, open_data,
                      run_program, source_of_text, temperature)
+from ssd_kernel import distillation_loss
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. There and back again. "
 LOGITS_AT_ONCE = 2**23      # elements of a (tokens, V) tensor: 32 MB in fp32
+CONTEXTS = [2**n for n in range(9, 17)]     # 512 ... 65,536 tokens
 
 
 # -----------------------------------------------------------------------------
@@ -228,6 +230,110 @@ def agreement(student, teacher, prompts, n):
 
 
 # -----------------------------------------------------------------------------
+# Which layers are worth their attention. Stages 1 and 2 teach each layer by itself, so an aligned
+# student may have the teacher's attention back in any layers, with no more training.
+
+@torch.no_grad()
+def choose_attention(student, teacher, K, tokens, counted):
+    """Give an aligned student attention back in the K layers where it helps most, one by one
+
+    tokens (B, L): what both models read   counted (B, L): the positions whose predictions count
+    Helps most: brings KL(teacher || student) lowest, the mean over these positions. Greedy: each
+    round tries all layers that are left, since two layers may do together what neither does alone.
+    Changes the student. -> {"before": KL, "rounds": [{"layer", "kl", "scores": {layer: KL}}]}
+    """
+    teacher_h = teacher.hidden(tokens)[counted]                         # (T, D)
+    start = time.perf_counter()
+    u = student.backbone["embedding"](tokens)                           # (B, L, D)
+    before = kl_from(student, 0, u, counted, teacher, teacher_h)
+    if not math.isfinite(before):
+        raise UsageError(f"KL to the teacher {before}: the student's weights are damaged, or its "
+                         "numbers overflow")
+    n = len(student.ssm_layers)
+    trials = sum(range(n - K + 1, n + 1))               # n in the first round, then one fewer
+    # A trial runs the layers from its own on: half of them, on average.
+    seconds = trials * (time.perf_counter() - start) / 2
+    print(f"attention | {K} of {n} SSM layers get it back: {trials:,} trials of "
+          f"{tokens.numel():,} tokens, about {seconds:,.0f} s | KL without {before:.4f}")
+    bar = progress_bar(None, "choose layers", trials)
+    rounds = []
+    for _ in range(K):
+        scores = {}
+        for i, kl in try_attention(student, teacher, tokens, counted, teacher_h):
+            scores[i] = kl
+            bar.update()
+        best = min(scores, key=scores.get)
+        student.restore_attention(teacher, [best])
+        rounds.append({"layer": best, "kl": scores[best], "scores": scores})
+    bar.close()
+    return {"before": before, "rounds": rounds}
+
+
+def try_attention(student, teacher, tokens, counted, teacher_h):
+    """Yields (i, KL) for each SSM layer: the KL if that layer had the teacher's attention, too"""
+    u = student.backbone["embedding"](tokens)                           # (B, L, D)
+    for i, layer in enumerate(student.layers):
+        if i in student.ssm_layers:
+            mixer = layer.mixer
+            layer.mixer = student.attention_mixer(teacher, i)
+            kl = kl_from(student, i, u, counted, teacher, teacher_h)
+            layer.mixer = mixer
+            yield i, kl
+        u = student.block(i, u)                                         # (B, L, D)
+
+
+def kl_from(student, i, u, counted, teacher, teacher_h):
+    """u (B, L, D), the input of layer i -> KL(teacher || student), the mean where counted (B, L)
+
+    teacher_h (T, D): the teacher's final hidden states at these T positions
+    """
+    for layer in student.layers[i:]:
+        u = layer(u)[0]                                                 # (B, L, D)
+    h = student.backbone["final_layernorm"](u)[counted]                 # (T, D)
+    head, head_t = student.lm_head, teacher.model.lm_head
+    kl, _ = distillation_loss(h, head.weight, teacher_h, head_t.weight, head.bias, head_t.bias)
+    return kl.item()
+
+
+def texts_to_choose_by(score, tokens, tokenizer, context):
+    """tokens (B, L) of training text -> tokens, counted, as choose_attention takes them
+
+    kl: this text, and every position counts. recall: pass keys, half a context apart, and what
+    counts is the digits. (Seed 1: show_retrieval measures on the keys of seed 0.)
+    """
+    if score == "kl":
+        return tokens, torch.ones_like(tokens, dtype=torch.bool)
+    keys = pass_keys(tokenizer, context // 2, n=16, seed=1)
+    key_tokens, counted = key_positions(keys)
+    return key_tokens.to(tokens.device), counted.to(tokens.device)
+
+
+def key_positions(texts):
+    """pass_keys' texts -> tokens (n, L), padded on the right; (n, L): True before a key's digit"""
+    tokens = torch.nn.utils.rnn.pad_sequence([text[:-1] for text, _ in texts], batch_first=True)
+    counted = torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, (text, digits) in zip(counted, texts, strict=True):
+        row[len(text) - 1 - digits:len(text) - 1] = True
+    return tokens, counted
+
+
+def show_choice(choice):
+    """What choose_attention has found: a row for each layer, a column for each round"""
+    rounds = choice["rounds"]
+    print(f"\nKL with a layer's attention back, beside that of the rounds before (without any "
+          f"{choice['before']:.4f});\n* is the lowest:")
+    rows = []
+    for i in sorted(rounds[0]["scores"]):
+        cells = [str(i)]
+        for x in rounds:
+            chosen = "*" if x["layer"] == i else ""
+            cells.append(f"{x['scores'][i]:.3f}{chosen}" if i in x["scores"] else "")
+        rows.append(cells)
+    show(["layer", *(f"round {n}" for n in range(1, len(rounds) + 1))], *rows)
+    print()
+
+
+# -----------------------------------------------------------------------------
 # The tables
 
 def show(names, *rows):
@@ -257,6 +363,7 @@ def show_tables(run):
     show_perplexity(run, text)
     show_by_position(run, text)
     show_retrieval(run)
+    show_memory(run)
     show_agreement(run, text[:16].to(run.device))
 
 
@@ -330,6 +437,31 @@ def show_retrieval(run):
             cells += [f"{x:.1%}" for x in retrieval(model, keys, run.device)]
         rows.append(cells)
     show(["tokens ago", "teacher", "probability", "student", "probability"], *rows)
+
+
+def show_memory(run):
+    """A KV cache grows with the text, a state does not; a hybrid has both."""
+    print("\nwhat a model keeps of one text, in MB (fp32):")
+    rows = []
+    for context in CONTEXTS:
+        cache_t = cache_bytes(run.student.config, len(run.teacher.decoder.layers), context)
+        cache, state = memory_of_text(run.student, context)
+        rows.append([f"{context:,}", *(f"{x / 1e6:,.2f}" for x in (cache_t, cache, state))])
+    show(["tokens", "teacher's KV cache", "student's KV cache", "student's state"], *rows)
+
+
+def memory_of_text(student, context):
+    """-> bytes of a student's KV cache after `context` tokens, and of its state: for one text"""
+    c = student.config
+    positions = 8 * context * len(c.attn_layers)        # int64; model_ssm.Attention stores them
+    states = [student.layers[i].mixer.initial_state(1) for i in student.ssm_layers]
+    return (cache_bytes(c, len(c.attn_layers), context) + positions,
+            sum(x.nbytes for state in states for x in state))
+
+
+def cache_bytes(config, n_layer, context):
+    """-> bytes of k and v, in fp32, of so many attention layers for one text"""
+    return n_layer * context * 2 * config.n_kv_head * config.head_dim * 4
 
 
 def show_agreement(run, prompts):
@@ -613,7 +745,7 @@ class EvaluatedRun:
     @staticmethod
     def _arguments(flags, about):
         # An old run.json lacks these arguments: such a run did what these values say.
-        defaults = {"stream": None, "mixer": "mamba2", "n_layer": None}
+        defaults = {"stream": None, "mixer": "mamba2", "n_layer": None, "from_folder": None}
         args = argparse.Namespace(**defaults | about["arguments"])
         args.teacher = flags.teacher or args.teacher
         args.eval_tokens = flags.eval_tokens or args.eval_tokens
@@ -710,7 +842,7 @@ def parse(arguments=None):
     add("--seed", type=count, default=0, help="of the sampling [%(default)s]")
     add("--speed", action="store_true", help="tokens/s and memory by context, instead")
     add("--random", metavar="NAME", help="with --speed: this architecture, random weights, no run")
-    add("--contexts", type=at_least_one, nargs="+", default=[2**n for n in range(9, 17)],
+    add("--contexts", type=at_least_one, nargs="+", default=CONTEXTS,
         help="with --speed: tokens of context [512 ... 65,536]")
     add("--batch_sizes", type=at_least_one, nargs="+", default=[1],
         help="with --speed: each is tried, the best is shown [1]")

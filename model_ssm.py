@@ -735,6 +735,24 @@ class SSM(nn.Module, Generation):
         student.about = how_made
         return student
 
+    def restore_attention(self, teacher, layers):
+        """In place: the mixers of these SSM layers become the teacher's attention.
+
+        Stages 1 and 2 teach each layer by itself, given the teacher's input. So a student aligned
+        once gives every hybrid, with no more training.
+        """
+        mixers = {i: self.attention_mixer(teacher, i) for i in layers}
+        self.config.attn_layers = tuple(sorted({*self.config.attn_layers, *layers}))
+        for i, mixer in mixers.items():
+            self.layers[i].mixer = mixer
+
+    def attention_mixer(self, teacher, i):
+        """-> a mixer with the attention of the teacher's layer i, on this layer's device"""
+        mixer = AttentionMixer(self.config, i)
+        mixer.self_attn.load_state_dict(attention_weights(teacher.weights(), i), strict=True)
+        weight = self.layers[i].input_layernorm.weight
+        return mixer.to(weight.device, weight.dtype)
+
     def save_pretrained(self, folder, **about):
         """Writes config.json and model.safetensors, in the published layout.
 
@@ -935,10 +953,13 @@ def init_qkv(student, teacher, tokens):
     """
     weights = teacher.weights()
     for i in student.ssm_layers:
-        prefix = f"backbone.layers.{i}.mixer.self_attn."
-        attention = {name.removeprefix(prefix): w for name, w in weights.items()
-                     if name.startswith(prefix)}
-        copy_qkv(student.layers[i].mixer, attention)
+        copy_qkv(student.layers[i].mixer, attention_weights(weights, i))
+
+
+def attention_weights(weights, i):
+    """Teacher.weights() -> layer i's attention: {"q_proj.weight": tensor, ...}"""
+    prefix = f"backbone.layers.{i}.mixer.self_attn."
+    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
 def copy_qkv(mixer, attention):

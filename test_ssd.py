@@ -16,6 +16,7 @@ import ast
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import doctest
 import functools
 import gzip
@@ -4275,6 +4276,275 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
 
 
 # -----------------------------------------------------------------------------
+# hybrids of one aligned student
+
+def damaged_copy(teacher, layers, seed=3):
+    """A copy of the teacher, but in these layers mixers that act at random"""
+    torch.manual_seed(seed)
+    n_layer = len(teacher.layers)
+    kept = [i for i in range(n_layer) if i not in layers]
+    return SSM.from_teacher(teacher, kept).requires_grad_(False)
+
+
+def predictions(model, tokens):
+    return model.logits(tokens).double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("name", ["phi", "smollm2", "qwen3, wide heads"])
+def test_a_student_whose_attention_is_back_in_all_layers_is_its_teacher(name):
+    teacher, tokens = random_teacher(name), some_tokens()
+    student = damaged_copy(teacher, [0, 1])
+    last, want = student.layers[2].mixer, teacher.logits(tokens)
+    fresh = {name: w.clone() for name, w in student.state_dict().items()}
+    assert rel(student.logits(tokens), want) > 0.01
+    student.restore_attention(teacher, [1])
+    assert student.config.attn_layers == (1, 2) and student.layers[2].mixer is last
+    for name, w in student.state_dict().items():
+        assert "layers.1.mixer" in name or torch.equal(w, fresh[name])
+    student.restore_attention(teacher, [0])
+    assert student.ssm_layers == [] and rel(student.logits(tokens), want) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["phi", "smollm2"])
+def test_layers_are_chosen_by_the_kl_that_each_of_them_leaves(name, capsys):
+    # Beside what the definition gives: a copy of the student for each trial, and all of its logits
+    teacher, tokens = random_teacher(name), some_tokens(L=30)
+    counted = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    student = damaged_copy(teacher, [0, 1, 2])
+    plain = copy.deepcopy(student)
+
+    def kl_with(*layers):
+        tried = copy.deepcopy(plain)
+        tried.restore_attention(teacher, layers)
+        log_p, log_q = predictions(teacher, tokens), predictions(tried, tokens)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)[counted].mean().item()
+
+    choice = evaluation.choose_attention(student, teacher, 2, tokens, counted)
+    assert choice["before"] == pytest.approx(kl_with(), rel=1e-5)
+    chosen = []
+    for found in choice["rounds"]:
+        left = [i for i in range(3) if i not in chosen]
+        want = {i: kl_with(*chosen, i) for i in left}
+        assert found["scores"] == pytest.approx(want, rel=1e-5)
+        assert found["layer"] == min(want, key=want.get)
+        assert found["kl"] == found["scores"][found["layer"]]
+        chosen.append(found["layer"])
+    assert student.config.attn_layers == tuple(sorted(chosen))
+    plain.restore_attention(teacher, chosen)
+    assert torch.equal(student.logits(tokens), plain.logits(tokens))
+    said = capsys.readouterr().out
+    assert f"2 of 3 SSM layers get it back: 5 trials of {tokens.numel()} tokens" in said
+
+
+@pytest.mark.parametrize("score", ["kl", "recall"])
+def test_of_the_tiny_teachers_four_layers_those_that_do_something_get_attention_back(score):
+    # Layers 1 and 3 of this teacher move nothing along the sequence; of the student, none does.
+    torch.manual_seed(0)
+    model = transformers.PhiForCausalLM(model_teacher.tiny_config(vocab_size=257, eot=256))
+    teacher = Teacher(model, "tiny")
+    for i, layer in enumerate(teacher.layers):
+        layer.self_attn.dense.weight.data.mul_(0 if i in (1, 3) else 20)
+        layer.self_attn.dense.bias.data.zero_()
+    student = SSM.from_teacher(teacher, init="qkv").requires_grad_(False)
+    for layer in student.layers:
+        layer.mixer.out_proj.weight.zero_()
+    texts = evaluation.texts_to_choose_by(score, some_tokens(B=4), Tokenizer("bytes"), 64)
+    choice = evaluation.choose_attention(student, teacher, 3, *texts)
+    first, second, third = choice["rounds"]
+    assert {first["layer"], second["layer"]} == {0, 2}
+    # The rest is rounding: a KL is a sum of V terms, each p times a difference of logits of which
+    # either is off by about 1e-6.
+    assert choice["before"] > 1e-3 and second["kl"] < 1e-5 > third["kl"]
+
+
+def test_before_the_digits_of_a_key_and_nowhere_else_predictions_count():
+    texts = [(torch.tensor([5, 6, 7, 8, 9]), 2), (torch.tensor([1, 2, 3]), 1)]
+    tokens, counted = evaluation.key_positions(texts)
+    assert tokens.tolist() == [[5, 6, 7, 8], [1, 2, 0, 0]]
+    assert counted.tolist() == [[False, False, True, True], [False, True, False, False]]
+    # The digits are what retrieval() looks for: by a model that finds them its KL is small there.
+    tokenizer = Tokenizer("bytes")
+    tokens, counted = evaluation.texts_to_choose_by("recall", some_tokens(), tokenizer, 64)
+    for row, where in zip(tokens, counted, strict=True):
+        text = tokenizer.decode(row.tolist())
+        last = where.nonzero().max().item()
+        key = re.match(r"The pass key is (\d{5})", text)[1]
+        assert where.sum() == 5 and text[:last + 1].endswith(f"The pass key is {key[:4]}")
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def from_of(a_run, out, teacher, data, *more):
+    return flags(out, teacher, data, "--tokens", "1024", "--from", str(a_run / "stage2"),
+                 "--fp32", *more)
+
+
+def test_a_run_starts_from_another_runs_student_with_attention_where_it_helps(
+        tmp_path, a_run, teacher_folder, data_folder, capsys, monkeypatch):
+    command = from_of(a_run, tmp_path / "run", teacher_folder, data_folder, "--attn_layers",
+                      "auto:1", "--save_minutes", "0")
+    before = files_of(a_run)
+    stopped_run(monkeypatch, command, ("stage 3", 3))
+    said = capsys.readouterr().out
+    assert "stage 3 | from" in said and "1 of 3 SSM layers get it back: 3 trials" in said
+    choice = json.loads((tmp_path / "run" / "attention.json").read_text())
+    [found] = choice["rounds"]
+    assert choice["score"] == "kl" and set(found["scores"]) == {"0", "1", "2"}
+    assert re.search(rf"^\| {found['layer']} +\| +\d\.\d+\* \|$", said, re.M)
+    assert f"attention | layers {found['layer']}: 8 tensors from {teacher_folder}" in said
+    # It goes on, with what it has chosen
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "choose_attention", None)
+        distill.main(command)
+    hybrid = SSM.from_pretrained(tmp_path / "run" / "stage3")
+    assert hybrid.config.attn_layers == (found["layer"],)
+    about = distill.read_about(tmp_path / "run" / "stage3")
+    assert about["tokens"] == distill.read_about(a_run / "stage2")["tokens"] + 1024
+    table = (tmp_path / "run" / "report.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["teacher", "start", "stage 3"]
+    distill.main(command)
+    assert "is finished" in capsys.readouterr().out and files_of(a_run) == before
+    # Named, the same layer gives the same student; the layers left out are those of the folder.
+    named = from_of(a_run, tmp_path / "named", teacher_folder, data_folder, "--attn_layers",
+                    str(found["layer"]))
+    distill.main(named)
+    other = SSM.from_pretrained(tmp_path / "named" / "stage3").state_dict()
+    assert all(torch.equal(w, other[name]) for name, w in hybrid.state_dict().items())
+    assert not (tmp_path / "named" / "attention.json").exists()
+    evaluation.main([str(tmp_path / "run"), "--eval_tokens", "128", "--length", "5"])
+    said = capsys.readouterr().out
+    assert re.search(r"^\| 65,536 +\| +[\d.]+ \| +[\d.]+ \| +[\d.]+ \|$", said, re.M)
+
+
+def test_two_processes_start_with_the_same_layers(
+        tmp_path, a_run, teacher_folder, data_folder, start):
+    more = "--attn_layers auto:2 --attn_score recall --batch 64 --micro_batch 1 --device cpu"
+    def layers(out):
+        return SSM.from_pretrained(tmp_path / out / "stage3").config.attn_layers
+    distill.main(from_of(a_run, tmp_path / "one", teacher_folder, data_folder, *more.split()))
+    said = in_two_processes(start, *from_of(a_run, tmp_path / "two", teacher_folder, data_folder,
+                                            *more.split()))
+    assert said.count("get it back") == 1
+    assert layers("one") == layers("two") and len(layers("one")) == 2
+
+
+WRONG_STARTS = {
+    "--attn_layers auto:0": "--attn_layers auto:0: give auto:K",
+    "--attn_layers auto:x": "--attn_layers auto:x: give auto:K",
+    "--attn_layers auto": "--attn_layers auto: give auto:K",
+    "--attn_layers auto:1 2": "--attn_layers auto:1 2: give auto:K",
+    "--attn_layers auto:3": "of 3 layers at most 2 may have attention",
+    "--attn_layers auto:31": "of 3 layers at most 2 may have attention",
+    "--attn_layers 0 1 2": "no mixer to teach",
+    "--attn_score recall": "--attn_score is for --attn_layers auto:K",
+    "--init qkv": "--init qkv is for a new student",
+    "--n_layer 2": "has 3 layers, this run has 2",
+    "--mixer gla": "has mamba2 mixers, --mixer is gla",
+    "--teacher OTHER": "was distilled from TEACHER, whose weights are not those of OTHER",
+    "--from RUN": "there is no config.json. Give a stage folder",
+    "--from nowhere --stage 3": "there is no config.json. Give a stage folder",
+    "--from HYBRID --attn_layers 0 2": "has attention in layer 1, which has no mixer any more",
+    "--from HYBRID2 --attn_layers auto:1": "has attention in 2 layers, --attn_layers is auto:1",
+    "--kd_teacher nowhere/at_all": "--preset tiny",
+    "--kd_teacher SMALL": "scores 300 tokens, TEACHER 257",
+    "--kd_teacher SPLITTER": "has another tokenizer than TEACHER",
+    "--stage 2 --kd_teacher TEACHER": "--kd_teacher is for stage 3",
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG_STARTS)
+def test_a_start_that_does_not_fit_is_one_line_and_writes_nothing(
+        mistake, tmp_path, a_run, teacher_folder, data_folder, monkeypatch):
+    if "gla" in mistake and not (HERE / "extras").is_dir():
+        pytest.skip("needs extras/")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    places = {"RUN": a_run, "TEACHER": teacher_folder}
+    for name in ("OTHER", "SMALL", "SPLITTER"):
+        places[name] = tmp_path / name
+    for name, layers in (("HYBRID", [1]), ("HYBRID2", [0, 1])):
+        places[name] = tmp_path / name
+        if name in mistake.split():
+            hybrid = SSM.from_pretrained(a_run / "stage2")
+            hybrid.restore_attention(Teacher.load(str(teacher_folder)), layers)
+            hybrid.save_pretrained(places[name], **hybrid.about)
+    if "OTHER" in mistake:
+        random_model(seed=7).save_pretrained(places["OTHER"])
+        prepare.byte_tokenizer(256).save_pretrained(places["OTHER"])
+    if "SMALL" in mistake:
+        transformers.PhiConfig(vocab_size=300, num_hidden_layers=1).save_pretrained(places["SMALL"])
+    if "SPLITTER" in mistake:
+        random_model().save_pretrained(places["SPLITTER"])
+        byte_tokenizer_with(places["SPLITTER"], "def", special=False)
+    def placed(text):
+        return re.sub("|".join(sorted(places, key=len, reverse=True)),
+                      lambda name: str(places[name[0]]), text)
+    command = from_of(a_run, tmp_path / "run", teacher_folder, data_folder)
+    with pytest.raises(UsageError, match=re.escape(placed(WRONG_STARTS[mistake]))) as error:
+        distill.main([*command, *map(placed, mistake.split())])
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_layers_are_chosen_in_an_aligned_student_of_another_run(
+        tmp_path, its_copy, teacher_folder, data_folder):
+    command = flags(tmp_path / "run", teacher_folder, data_folder, "--attn_layers", "auto:1")
+    with pytest.raises(UsageError, match="give --from, a stage folder of a run"):
+        distill.main(command)
+    before = files_of(its_copy)
+    with pytest.raises(UsageError, match="is in the folder of this run: choose another --out"):
+        distill.main(from_of(its_copy, its_copy, teacher_folder, data_folder))
+    assert files_of(its_copy) == before
+
+
+def test_stage_3_learns_the_predictions_of_the_teacher_that_is_named(
+        tmp_path, a_run, teacher_folder, data_folder, capsys):
+    torch.manual_seed(5)
+    other = transformers.PhiForCausalLM(transformers.PhiConfig(
+        vocab_size=257, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=2, bos_token_id=256, eos_token_id=256))
+    other.save_pretrained(tmp_path / "other")
+    prepare.byte_tokenizer(256).save_pretrained(tmp_path / "other")
+    def run(name, *more):
+        distill.main(from_of(a_run, tmp_path / name, teacher_folder, data_folder, *more))
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+    own = run("own", "--kd_teacher", str(teacher_folder))
+    assert own == run("none")               # its own teacher once more: nothing changes
+    capsys.readouterr()
+    losses = run("larger", "--kd_teacher", str(tmp_path / "other"))
+    said = capsys.readouterr().out
+    assert f"kd_teacher {tmp_path / 'other'}" in said and "mfu" not in said.split("to go")[0][-200:]
+    # The first step's loss is the KL from those predictions to the student's at its start.
+    student = SSM.from_pretrained(a_run / "stage2")
+    first = distill.read_about(a_run / "stage2")["tokens"] // 32
+    tokens = Tokens(data_folder).batch(first, 8, 32)[:, :-1]
+    log_p = predictions(Teacher.load(str(tmp_path / "other")), tokens)
+    log_q = predictions(student, tokens)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    assert losses[0] == pytest.approx(kl, rel=1e-4)
+    table = (tmp_path / "larger" / "report.md").read_text().splitlines()
+    names = [line.split("|")[1].strip() for line in table[2:]]
+    assert names == ["teacher", "kd_teacher", "start", "stage 3"]
+
+
+@pytest.mark.parametrize("name, attn_layers", [
+    ("phi", (1,)), ("smollm2", (0, 2)), ("qwen3, wide heads", ())])
+def test_what_a_model_keeps_of_a_text_is_what_eval_says(name, attn_layers):
+    teacher = random_teacher(name)
+    student = SSM.from_teacher(teacher, attn_layers)
+    n = 37
+    _, state = student.read(torch.arange(n)[None] % 100)
+    layers = [sum(x.nbytes for x in layer) for layer in state]
+    cache, constant = evaluation.memory_of_text(student, n)
+    assert cache == sum(layers[i] for i in attn_layers)
+    assert constant == sum(layers[i] for i in student.ssm_layers)
+    _, cache_t = teacher.read(torch.arange(n)[None] % 100)
+    want = sum(x.nbytes for layer in evaluation.tensors_of(cache_t) for x in layer)
+    assert evaluation.cache_bytes(student.config, 3, n) == want
+
+
+# -----------------------------------------------------------------------------
 # mistakes
 
 MISTAKES = {
@@ -4284,7 +4554,7 @@ MISTAKES = {
     "--lr 1e-3 1e-3": "2 values for 3 stages",
     "--batch 100": "--batch 100 does not divide into windows of --context 32",
     "--attn_layers 99": "the model has layers 0 to 2",
-    "--attn_layers three": "give layer numbers, or all",
+    "--attn_layers three": "give layer numbers, all, or auto:K",
     "--attn_layers all": "no mixer to teach",
     "--data ./nowhere": "no such file or folder",
     "--teacher ./nowhere": "no such teacher",
