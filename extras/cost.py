@@ -377,6 +377,9 @@ def parse(arguments=None):
     args = parser.parse_args(arguments)
     if args.mfu == 0:
         raise UsageError("--mfu 0 would take forever: give more")
+    if args.kd_teacher:
+        raise UsageError("--kd_teacher is not counted here: leave it out, and add its weights and "
+                         "its forward yourself")
     args.data = args.data or "stdlib"                   # none is read
     world = int(os.environ.get("WORLD_SIZE", 1)) if args.bench else args.world
     return distill.resolve(args, world)

@@ -9,6 +9,7 @@ Run:  python -m extras.pictures out/tiny
     power.png         stage 3's KL on log axes, a power law through its last three quarters, and
                       what it promises for more tokens, which is printed too
     layers.png        the distances of `python eval.py out/tiny`, layer by layer, after each stage
+    attention.png     if there is an attention.json: what each layer's attention was worth
     speed.png         if there is a speed.json: `python eval.py out/tiny --speed` writes it
 """
 import argparse
@@ -190,13 +191,15 @@ def main(arguments=None):
         distances[name] = layer_distances(student, run.teacher, tokens)
     draw_layers(run.folder / "layers.png", f"{run.folder}: distance to the teacher (zeros: 100%)",
                 distances)
+    if (run.folder / "attention.json").is_file():
+        draw_attention(run.folder)
     if (run.folder / "speed.json").is_file():
         draw_speed(run.folder)
 
 
 def all_students(run):
     """-> {name: student}: as the run started, and after each stage that it has finished"""
-    students = {"as copied": init_student(run.args, run.teacher, run.calibration_tokens())}
+    students = {"as copied": first_student(run)}
     for n in (1, 2, 3):
         stage = run.folder / f"stage{n}"
         if stage.is_dir():
@@ -204,6 +207,36 @@ def all_students(run):
     for student in students.values():
         student.to(run.device)
     return students
+
+
+def first_student(run):
+    """A copy of the teacher; with --from that folder's student, with attention as in this run"""
+    if run.args.from_folder is None:
+        return init_student(run.args, run.teacher, run.calibration_tokens())
+    student = SSM.from_pretrained(run.args.from_folder)
+    restored = set(run.student.config.attn_layers) - set(student.config.attn_layers)
+    student.restore_attention(run.teacher, sorted(restored))
+    return student
+
+
+def draw_attention(folder):
+    """attention.json, what --attn_layers auto has found -> attention.png: layers, round by round"""
+    choice = read_json(folder / "attention.json", "distill.py writes it with --attn_layers auto")
+    rounds = choice["rounds"]
+    layers = sorted(map(int, rounds[0]["scores"]))
+    with figure(folder / "attention.png",
+                f"{folder}: KL with a layer's attention back, by {choice['score']}; without any "
+                f"{choice['before']:.3f}", 1, 1, 9, 1 + 0.35 * len(rounds)) as (plt, sheet, axes):
+        axis = axes[0][0]
+        scores = [[x["scores"].get(str(i), math.nan) for i in layers] for x in rounds]
+        image = axis.imshow(scores, cmap="viridis", aspect="auto")
+        for n, x in enumerate(rounds):
+            axis.text(layers.index(x["layer"]), n, f"{x['kl']:.2f}", ha="center", va="center",
+                      fontsize=6, color="white")
+        axis.set(xlabel="layer", xticks=range(len(layers)), yticks=range(len(rounds)))
+        axis.set_xticklabels(layers, fontsize=6)
+        axis.set_yticklabels([f"round {n}" for n in range(1, len(rounds) + 1)], fontsize=6)
+        sheet.colorbar(image, ax=axes, label="KL, nats")
 
 
 def choose_heads(args, student):

@@ -67,6 +67,7 @@ from extras import (
     cost,
     export,
     grid,
+    hybrids,
     mixers,
     objectives,
     pictures,
@@ -1387,6 +1388,62 @@ def test_pictures_are_drawn_into_the_runs_folder(its_copy):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
+def test_what_attention_was_worth_is_drawn_of_a_run_that_chose_layers(
+        tmp_path, a_run, teacher_folder, data_folder):
+    out = tmp_path / "hybrid"
+    distill.main(flags(out, teacher_folder, data_folder, "--tokens", "512", "--from",
+                       str(a_run / "stage2"), "--attn_layers", "auto:2"))
+    hybrid = SSM.from_pretrained(out / "stage3")
+    run = evaluation.EvaluatedRun(evaluation.parse([str(out), "--eval_tokens", "64"]))
+    start = pictures.first_student(run)                 # stage 2's mixers, where they are still
+    assert start.config.attn_layers == hybrid.config.attn_layers and len(start.ssm_layers) == 1
+    before = SSM.from_pretrained(a_run / "stage2").state_dict()
+    kept = f"backbone.layers.{start.ssm_layers[0]}.mixer."
+    assert all(torch.equal(w, before[name]) for name, w in start.state_dict().items()
+               if name.startswith(kept))
+    pictures.main([str(out), "--eval_tokens", "64", "--picture_tokens", "16"])
+    assert (out / "attention.png").stat().st_size > 10_000
+
+
+def test_the_study_of_hybrids_measures_each_choice_once_and_goes_on(
+        its_copy, capsys, monkeypatch):
+    command = [str(its_copy / "stage2"), "--how_many", "1", "2", "--keys", "8", "16",
+               "--eval_tokens", "512"]
+    measure, calls = hybrids.measure, []
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(hybrids, "choose", stop)          # after the rows of "even"
+        hybrids.main(command)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(hybrids, "measure", lambda *args: calls.append(args[1]) or measure(*args))
+        hybrids.main(command)
+    said = capsys.readouterr().out
+    found = json.loads((its_copy / "hybrids.json").read_text())
+    assert list(found["rows"]) == ["0 even", "1 even", "2 even", "1 kl", "2 kl", "1 recall",
+                                   "2 recall"]
+    assert len(calls) == 4                              # those of "even" were there
+    none, best = found["rows"]["0 even"], found["rows"]["2 kl"]
+    assert none["layers"] == [] and none["kl"] > best["kl"] > 0
+    assert found["rows"]["1 kl"]["layers"] == best["layers"][:1]
+    # The first row is the student as it is, the others what restore_attention makes of it.
+    run = evaluation.EvaluatedRun(evaluation.parse(command[:1] + ["--eval_tokens", "512"]))
+    windows = run.windows(run.context)
+    assert none["kl"] == evaluation.compare(run.student, run.teacher, windows)["kl"]
+    run.student.restore_attention(run.teacher, best["layers"])
+    scores = evaluation.compare(run.student, run.teacher, windows)
+    assert best["kl"] == scores["kl"] and best["ppl"] == math.exp(scores["loss"])
+    assert re.search(rf"^\| kl +\| 2 \| {best['kl']:.3f} \|", said, re.M)
+    with pytest.raises(UsageError, match="was made with other flags"):
+        hybrids.main([*command[:-1], "256"])
+    with pytest.raises(UsageError, match="of 3 layers at most 2 may have attention"):
+        hybrids.main([*command, "--how_many", "3"])
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
 def test_a_power_law_is_found_again_and_said(tmp_path, capsys):
     log = [{"stage": "stage 3", "tokens": 1e4 * n, "loss": 0.5 * (1e-2 * n) ** -0.25}
            for n in range(1, 101)]
@@ -1461,7 +1518,8 @@ def test_the_examples_of_the_readme_for_forks_run(tmp_path, teacher_folder, data
 
 
 def test_every_command_of_extras_in_the_pages_parses():
-    programs = {"extras.cost": cost.parse, "extras.pictures": pictures.parse}
+    programs = {"extras.cost": cost.parse, "extras.pictures": pictures.parse,
+                "extras.hybrids": hybrids.parse}
     seen = set()
     for command in commands_of_the_readme():
         words = shlex.split(command)[1:]
