@@ -49,7 +49,7 @@ from prepare import (Parser, Tokenizer, at_least_one, count, nonempty, not_negat
 from ssd_kernel import distillation_loss
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. There and back again. "
-LOGITS_AT_ONCE = 2**23      # elements of a (tokens, V) tensor: 32 MB in fp32
+LOGITS_AT_ONCE = 2**23      # elements of a (tokens, V) tensor: 32 MB in fp32, but a window at least
 CONTEXTS = [2**n for n in range(9, 17)]     # 512 ... 65,536 tokens
 
 
@@ -164,8 +164,8 @@ def sliding(text, context, stride):
         text a b c d e f g h i, context 4, stride 2. Each window predicts four tokens:
 
                b c d e              All of the first window counts, and the last `stride` of the
-                   . . f g          others (not the dots). So each token counts once, and after the
-                       . . h i      first window each has at least context - stride before it.
+                   . . f g          others (not the dots): f is predicted from c d e. After the
+                       . . h i      first window each has more than context - stride before it.
     """
     windows = text.unfold(1, context + 1, stride)                       # (n, m, context + 1)
     counted = torch.zeros(windows[..., 1:].shape, dtype=torch.bool)     # (n, m, context)
@@ -178,8 +178,9 @@ def sliding(text, context, stride):
 # How good: a pass key to be found again, and texts that each model writes by itself
 
 def pass_keys(tokenizer, distance, n, seed=0):
-    """n texts, "The pass key is 12345. <filler>The pass key is 12345", the keys `distance` apart
+    """n texts, "The pass key is 12345. <filler>The pass key is 12345"
 
+    Between the keys are `distance` tokens, at least those of ". The pass key is".
     -> [(tensor of tokens (L), which ends with the key; how many tokens the digits are), ...]
     """
     phrase = tokenizer.encode("The pass key is")
@@ -230,8 +231,9 @@ def agreement(student, teacher, prompts, n):
 
 
 # -----------------------------------------------------------------------------
-# Which layers are worth their attention. Stages 1 and 2 teach each layer by itself, so an aligned
-# student may have the teacher's attention back in any layers, with no more training.
+# Which layers should keep attention: for distill.py --attn_layers auto:K. Stages 1 and 2 teach each
+# layer by itself. So in a student that they have aligned, any layers may get the teacher's
+# attention back, with no more training.
 
 @torch.no_grad()
 def choose_attention(student, teacher, K, tokens, counted):
@@ -239,7 +241,7 @@ def choose_attention(student, teacher, K, tokens, counted):
 
     tokens (B, L): what both models read   counted (B, L): the positions whose predictions count
     Helps most: brings KL(teacher || student) lowest, the mean over these positions. Greedy: each
-    round tries all layers that are left, since two layers may do together what neither does alone.
+    round tries all layers that are left anew, since what one is worth depends on the others.
     Changes the student. -> {"before": KL, "rounds": [{"layer", "kl", "scores": {layer: KL}}]}
     """
     teacher_h = teacher.hidden(tokens)[counted]                         # (T, D)
@@ -320,8 +322,8 @@ def key_positions(texts):
 def show_choice(choice):
     """What choose_attention has found: a row for each layer, a column for each round"""
     rounds = choice["rounds"]
-    print(f"\nKL with a layer's attention back, beside that of the rounds before (without any "
-          f"{choice['before']:.4f});\n* is the lowest:")
+    print("\nKL if this layer gets its attention back, too, as those chosen (*) in earlier rounds "
+          f"have\n(none has: {choice['before']:.4f}):")
     rows = []
     for i in sorted(rounds[0]["scores"]):
         cells = [str(i)]
@@ -436,7 +438,7 @@ def show_retrieval(run):
         for model in run.models().values():
             cells += [f"{x:.1%}" for x in retrieval(model, keys, run.device)]
         rows.append(cells)
-    show(["tokens ago", "teacher", "probability", "student", "probability"], *rows)
+    show(["tokens between", "teacher", "probability", "student", "probability"], *rows)
 
 
 def show_memory(run):
@@ -444,6 +446,7 @@ def show_memory(run):
     print("\nwhat a model keeps of one text, in MB (fp32):")
     rows = []
     for context in CONTEXTS:
+        # All its layers, where a shallower student has fewer. The widths are the same in both.
         cache_t = cache_bytes(run.student.config, len(run.teacher.decoder.layers), context)
         cache, state = memory_of_text(run.student, context)
         rows.append([f"{context:,}", *(f"{x / 1e6:,.2f}" for x in (cache_t, cache, state))])
@@ -587,7 +590,7 @@ def show_speed(args):
         teacher = Teacher.load(args.teacher or about["teacher"], device, dtype)
     speeds = {"teacher": fastest(teacher, args.contexts, args.batch_sizes, device)}
     student = SSM.from_teacher(teacher) if args.random else SSM.from_pretrained(stage)
-    del teacher                                     # one at a time, so that large ones fit
+    del teacher                                     # so that what is measured has more room
     speeds["student"] = fastest(student.to(device, dtype), args.contexts, args.batch_sizes, device)
     machine = (torch.cuda.get_device_name() if device == "cuda"
                else f"{device}, threads: {torch.get_num_threads()}")
@@ -715,7 +718,7 @@ class EvaluatedRun:
     """The student and the teacher of a run, and the text to measure them on.
 
     flags: as add_run_flags declares them
-    args: the run's own arguments, with --teacher, --data, --config and --eval_tokens applied
+    args: the run's own arguments, with --teacher, --eval_tokens, and --data with --config applied
     context: --context, or that of training, which stays in args.context
     """
 
@@ -725,7 +728,8 @@ class EvaluatedRun:
         self.student = SSM.from_pretrained(self.stage).to(self.device).eval()
         print(f"student {self.stage} | {self.student.loaded}")
         name = flags.teacher or about["teacher"]
-        # A shallower student is compared with the teacher's layers that it learned from.
+        # Layer i of a shallower student is compared with the teacher's layer that it learned from,
+        # its predictions with those of the whole teacher.
         self.teacher = Teacher.load(name, self.device).at(self.student.config.n_layer)
         if self.student.config.vocab_size != self.teacher.config.vocab_size:
             raise UsageError(
@@ -739,7 +743,8 @@ class EvaluatedRun:
             print(f"{name} is not the teacher that {self.stage} was distilled from")
         self.args = self._arguments(flags, about)
         self.context = flags.context or self.args.context
-        self.tokenizer = Tokenizer(self.args.teacher)       # what the teacher was called, or is now
+        # It comes with the teacher: under the name that distill.py was given, or --teacher.
+        self.tokenizer = Tokenizer(self.args.teacher)
         self.tokenizer.check_rows(self.teacher.config.vocab_size)   # an embedding for each id?
 
     @staticmethod
@@ -816,7 +821,7 @@ def add_run_flags(add, **optional):
     add: a parser's add_argument   optional: its options for `run`, such as nargs="?"
     """
     add("run", **optional, help="a run or stage folder, another model folder, or a hub id")
-    add("--stage", type=int, choices=(1, 2, 3), help="which student of the run [the last]")
+    add("--stage", type=int, choices=(1, 2, 3), help="which student of a run folder [the last]")
     add("--teacher", type=nonempty, help="another name for the run's teacher, if it has moved")
     add("--context", type=at_least_one, help="tokens per window [as in training]")
     add("--eval_tokens", type=at_least_one, help="validation tokens to read [as in training]")

@@ -7,16 +7,16 @@ Stages 1 and 2 teach each layer by itself, so a student aligned once gives every
 training: the layers named get the teacher's attention back. Layers are chosen in three ways:
 
     even      evenly spread, as in the paper's hybrid
-    kl        those that bring the KL on training text lowest, one after the other
-    recall    those that bring the KL on the digits of keys lowest: a number in the text must be
-              found again
+    kl        those that bring KL(teacher || student) lowest on training text, one after the other
+    recall    the same on texts with a pass key, where only the key's digits count: a number that
+              the text names, and asks for again later
 
-The last two are distill.py's --attn_layers auto:K, which goes on to train the hybrid. A row is the
-KL and perplexity on held-out text, and the share of the keys' tokens found, by distance in tokens.
-Each row is stored in hybrids.json, beside the stage folder: a run that is stopped goes on with the
-next one.
+distill.py chooses so, too: --attn_layers auto:K with --attn_score kl or recall. It goes on to train
+the hybrid; here nothing is trained. A row has KL and perplexity on held-out text, and the share of
+the pass keys' tokens found, by the number of tokens between a key and the question for it. Choices
+and rows are stored in hybrids.json, beside the stage folder: the same command, after a stop, goes
+on with the next one.
 """
-import contextlib
 import math
 
 import torch
@@ -56,6 +56,7 @@ def main(arguments=None):
             found["choices"][way] = choose(run, way, max(args.how_many))
             write_json(path, found)
             show_choice(found["choices"][way])
+        # K = 0, the student as it is, is the same in each way: one row, "0 even"
         for K in (0, *sorted(set(args.how_many))):
             key = f"{K} {way}"
             if key not in found["rows"] and (K > 0 or way == "even"):
@@ -71,7 +72,9 @@ def read_weights(stage):
 
 
 def evenly(K, n_layer):
-    """K of n_layer layers, each in the middle of an equal share of them
+    """K of n_layer layers, n_layer / K apart, the first half of that from the start, rounded
+
+    1e-9 rounds a half down: Python's round would take the even number.
 
     >>> evenly(4, 30), evenly(1, 4), evenly(3, 4)
     ([4, 11, 19, 26], [2], [1, 2, 3])
@@ -87,23 +90,28 @@ def layers_of(found, way, K, n_layer):
 
 
 def choose(run, way, K):
-    """-> what choose_attention finds, on the tokens that distill.py's auto:K looks at"""
-    student = SSM.from_pretrained(run.stage).to(run.device)
-    texts = texts_to_choose_by(way, run.calibration_tokens(), run.tokenizer, run.args.context)
-    _, bf16, _ = choose_device(run.device)
-    with torch.autocast(run.device, torch.bfloat16, enabled=bf16):
-        return choose_attention(student, run.teacher, K, *texts)
+    """-> what choose_attention finds, on the texts and in the precision of distill.py's auto:K"""
+    student = SSM.from_pretrained(run.stage).to(run.device).eval()
+    # counted: where the KL is taken. run.args.context is that of training.
+    tokens, counted = texts_to_choose_by(way, run.calibration_tokens(), run.tokenizer,
+                                         run.args.context)
+    with autocast(run.device):
+        return choose_attention(student, run.teacher, K, tokens, counted)
+
+
+def autocast(device):
+    """The context of bf16 where the device multiplies it faster: enough to compare and to choose"""
+    _, bf16, _ = choose_device(device)
+    return torch.autocast(device, torch.bfloat16, enabled=bf16)
 
 
 def measure(run, layers, windows, distances):
     """-> {"layers", "kl", "ppl", "keys": {distance: share found}} of this hybrid"""
     student = SSM.from_pretrained(run.stage).to(run.device).eval()
     student.restore_attention(run.teacher, layers)
-    _, bf16, _ = choose_device(run.device)
-    autocast = torch.autocast(run.device, torch.bfloat16) if bf16 else contextlib.nullcontext()
-    scores = compare(student, run.teacher, windows)
+    scores = compare(student, run.teacher, windows)     # the KL to report: in fp32
     keys = {}
-    with autocast:                          # argmax alone counts: bf16 will do
+    with autocast(run.device):
         for distance in distances:
             texts = pass_keys(run.tokenizer, distance, N_KEYS)
             keys[distance], _ = retrieval(student, texts, run.device)
