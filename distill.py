@@ -203,7 +203,7 @@ def distill(run, finished):
     check_start(args, config)
     tokenizer = Tokenizer(args.teacher)
     check_kd_teacher(args, config, tokenizer)
-    with rank_0_first(run):
+    with rank_0_first(run):             # data to train on; windows (n, L + 1) to report on
         data, windows, data_name = open_data(args, tokenizer, run.budget)
         if args.teacher == "tiny":
             make_tiny_teacher(run, tokenizer)
@@ -213,7 +213,7 @@ def distill(run, finished):
     checkpoints.find_unfinished(recipe_of(args, teacher, kd_teacher, data), finished, args.fresh,
                                 teacher)
     run.description = describe(args, teacher, data_name, run.world)
-    barrier()                               # all have looked before rank 0 changes anything
+    barrier()                               # all have looked before rank 0 changes a stage
     # Training data on which --init fit makes the mixers' matrices as near to attention as they get,
     # and --attn_layers auto chooses layers
     calibration_tokens = data.batch(0, 8, args.context)[:, :-1].to(run.device)      # (8, L)
@@ -353,8 +353,8 @@ def train(run, name, stage, student, teacher, data, offset, budget):
 def load_teacher(run, tokenizer, data, data_name):
     """The teacher, frozen, on its device
 
-    With --n_layer .layers[i] is the evenly spaced layer that the student's layer i copies and
-    aligns with; its u is its input in the whole teacher, whose predictions are the targets.
+    With --n_layer the teacher still runs whole. Its .layers are an even choice of its layers, one
+    for each of the student's to copy and to align with, given what that layer is given.
     UsageError if the data has ids that it has no embedding for: on a GPU such an id would end the
     run in the middle, with an assertion in some kernel.
     """
@@ -620,7 +620,7 @@ def finish(run):
     barrier()
     if run.rank:
         return
-    rows = {name: row for name, row in checkpoints.rows.items() if not name.startswith("stage")}
+    rows = dict(checkpoints.rows)           # teacher, copied or start, kd_teacher
     last = max(checkpoints.finished)
     for stage in range(1, last + 1):        # earlier stages of this student are read from disk
         # A folder of a stage that was left out (--stage 1 3, or --from) is of an older run.
@@ -803,13 +803,14 @@ def flops_per_token(config, hf, stage, L):
     2 more where its input's is. Causal attention looks at L / 2 keys on average, at 2 P FLOPs for
     scores and 2 P for values each; SSD in chunks of Q costs each head 2 Q (N + P) inside and 4 N P
     through the state. mfu is this, times tokens/s, over the machine's peak. None for what extras/
-    has, other losses and mixers, and for a --kd_teacher of other shapes than the student. With
-    --train mixer the backward counts as if all were trained.
+    has (other losses, mixers and depths) and for a --kd_teacher of other widths than the student's.
+    With --train mixer the backward counts as if all were trained.
     """
     kinds = {matrix_orientation: 1, hidden_state_alignment: 2, knowledge_distillation: 3}
     kind = kinds.get(getattr(stage.loss_fn, "func", stage.loss_fn))     # stage 3's is a partial
     alike = (hf.hidden_size, hf.intermediate_size) == (config.d_model, config.d_mlp)
-    if kind is None or config.mixer != "mamba2" or not alike:
+    shallower = config.n_layer != hf.num_hidden_layers and kind != 3
+    if kind is None or config.mixer != "mamba2" or shallower or not alike:
         return None
     D, H, P, N = config.d_model, config.n_head, config.head_dim, config.d_state
     ssm_layers = [i for i in range(config.n_layer) if i not in config.attn_layers]
@@ -893,13 +894,14 @@ class Run:
         self.args, self.folder = args, run_folder(args)
         self.device, self.bf16, why = choose_device(args.device, args.fp32)
         self.rank, self.world = init_processes(self.device)
-        # The teacher's: it is frozen, so bf16 costs it no update. The student's weights stay fp32.
+        # Of the teacher's weights, in stage 1 too. bf16 would round the student's small updates to
+        # nothing, so its weights are fp32; a frozen teacher has none.
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         self.stop = None
         self.budget = sum(budget.tokens for budget in args.budgets.values())
         self.checkpoints = Checkpoints(self.folder / "last", self.rank)
         self.peak, source = peak_of(self.device, self.bf16)
-        print(f"device {self.device} ({why}) | weights and stage 1 in fp32, stages 2 and 3 "
+        print(f"device {self.device} ({why}) | student and stage 1 in fp32, stages 2 and 3 "
               f"{'autocast to bf16' if self.bf16 else 'in fp32'} | SSD in {ssd_path(self.device)}")
         if self.device == "cpu":
             keep_freed_memory()
@@ -1086,8 +1088,8 @@ def show_finished(args):
 
 
 # Flags that are not compared as they are: those that say where and how fast it runs, which may
-# differ when a run goes on; and --stage, --tokens, --batch, --lr, which are compared as the budgets
-# that they come to, and --preset and --recipe as the other flags.
+# differ when a run goes on; --stage, --tokens, --batch and --lr, of which the budgets are compared
+# that they come to; --preset and --recipe, of which the flags are that they fill in.
 NOT_RECIPE = {
     "out", "device", "fresh", "recompute", "save_minutes", "preset", "recipe", "tokens", "batch",
     "lr", "budgets", "micro_batch", "stage", "fsdp", "compile", "world",
@@ -1482,7 +1484,8 @@ def parse(arguments=None):
 def add_method_flags(add):
     """What is distilled, from what, and by which recipe"""
     add("--preset", choices=PRESETS, help="a recipe [phi where CUDA is, else tiny]")
-    add("--stage", type=int, nargs="+", help="stages to run [1 2 3; with --objective 2 3]")
+    add("--stage", type=int, nargs="+", help="stages to run [1 2 3; with --objective 2 3; with "
+        "--from what its student has not had, else 3]")
     add("--teacher", type=nonempty, help="a Hugging Face id or folder, a .gguf file, smollm2, or "
         "tiny")
     add("--data", type=source_of_text, help="stdlib, a file or folder of text, JSONL or Parquet, "
@@ -1493,14 +1496,15 @@ def add_method_flags(add):
         "the tokens are split, from this preset; paper is phi's [the preset's own]")
     add("--mixer", default="mamba2", help="what stands where attention was: mamba2, or one of "
         "extras/mixers.py [%(default)s]")
-    add("--init", choices=(*INITS, "scratch"), help="how mixers start. mohawk: the paper's way; "
-        "qkv: that, with the teacher's q, k, v; fit: qkv with slow decays, fitted to its "
-        "attention; conv: mohawk, but for PyTorch's convolution; random: "
+    add("--init", choices=(*INITS, "scratch"), help="how mixers start. mohawk: the paper's way, "
+        "convolution and gate the identity, D 1; qkv: that, with the teacher's q, k, v; fit: qkv "
+        "with slow decays, fitted to its attention; conv: mohawk, PyTorch's convolution; random: "
         "all as PyTorch's modules; scratch: nothing at all is the teacher's [the recipe's]")
     add("--from", dest="from_folder", type=nonempty, metavar="FOLDER", help="start from the "
         "student in a stage folder of another run [a copy of the teacher]")
-    add("--attn_layers", nargs="+", help="layers that keep attention; paper: 4 10 16 22 [none]. "
-        "With --from: those that get it back; auto:K: the K that the student misses most")
+    add("--attn_layers", nargs="+", help="all layers with attention; the paper's hybrid has 4 10 "
+        "16 22 [none]. The student of --from gets it back where it lacks it; auto:K: K layers in "
+        "all, those where it misses it most")
     add("--attn_score", choices=("kl", "recall"), help="by which auto chooses: the KL on text, or "
         "on keys to be found again [kl]")
     add("--kd_teacher", type=nonempty, help="whose predictions stage 3 learns: a larger model of "
@@ -1576,7 +1580,7 @@ def resolve(args, world=None):
 
 
 def stages_to_run(args):
-    """Without --stage: all three, or with --from those that its student has not had"""
+    """Without --stage: all three, or with --from those its student has not had, else the third"""
     stages = [2, 3] if args.objective else [1, 2, 3]
     if args.from_folder is None:
         return stages
