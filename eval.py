@@ -3,6 +3,7 @@
 Run:  python eval.py out/tiny                          # tables for the last stage of a run
       python eval.py out/tiny --stage 1                # for an earlier stage
       python eval.py out/tiny --prompt "class "        # both models continue this, side by side
+      python eval.py out/tiny --tasks local            # what the student can do, beside its teacher
       python eval.py out/tiny --speed                  # tokens/s and memory as the context grows
       python eval.py --speed --random microsoft/phi-1_5 --contexts 512     # no weights needed
       python eval.py goombalab/Phi-Mamba               # the published weights, or any model folder
@@ -37,6 +38,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -209,14 +211,10 @@ def retrieval(model, texts, device):
     right: the share of the digits' tokens that are the model's first choice
     probability: the geometric mean of what the model gives these tokens
     """
-    right, target_logp = [], []
-    for text, n in progress_bar(texts, "look for keys"):
-        text = text.to(device)                                          # (L)
-        h = model.hidden(text[None, :-1])[0, -n:]                       # (n, D)
-        logp = model.head(h).float().log_softmax(-1)                    # (n, V)
-        right.append(logp.argmax(-1) == text[-n:])                      # (n)
-        target_logp.append(logp.gather(-1, text[-n:, None]))            # (n, 1)
-    return torch.cat(right).float().mean().item(), torch.cat(target_logp).mean().exp().item()
+    bar = progress_bar(None, "look for keys", sum(len(text) for text, _ in texts))
+    logp, right = zip(*score_endings(model, texts, device, bar=bar), strict=True)   # (n) each
+    bar.close()
+    return torch.cat(right).float().mean().item(), torch.cat(logp).mean().exp().item()
 
 
 def agreement(student, teacher, prompts, n):
@@ -228,6 +226,177 @@ def agreement(student, teacher, prompts, n):
     teacher_written = teacher.generate(prompts, n)[:, -n:]              # (B, n)
     equal = (written == teacher_written).double().cpu()                 # (B, n)
     return equal.cumprod(1).sum(1), equal.mean(1)       # cumprod: 1 up to the first difference
+
+
+# -----------------------------------------------------------------------------
+# Tasks made of the run's own held-out text, with no download. An item is one text or several, each
+# with a number n: its last n tokens, the ending, are to be found. Of one text, all of them must be
+# the model's first choice, as if it wrote them itself; of several the true ending, which stands
+# first, must be the likeliest per byte. Each task draws from a generator of its own.
+
+class Task(NamedTuple):
+    chance: float               # the score of a model that knows nothing
+    items: list                 # of [(tokens (L), n), ...]
+    partly: bool = False        # the score is the share of an ending's tokens, not all or nothing
+
+
+def local_tasks(run, n):
+    """-> {name: Task} of about n items each"""
+    words = last_words(run, n)
+    tasks = {"last word": Task(0.0, words), "continuation": Task(0.25, continuations(run, n))}
+    for part in (8, 4, 2, 1, 0.25):
+        distance = max(1, int(run.context / part))
+        keys = pass_keys(run.tokenizer, distance, max(1, n // 10), seed=2)
+        tasks[f"needle, {distance:,} tokens back"] = Task(0.0, [[key] for key in keys])
+    for m in (4, 8):
+        tasks[f"{m} keys"] = Task(1 / m, several_keys(run.tokenizer, m, n // 4, run.context // 2))
+    tasks["copy"] = Task(0.0, copies(run, n // 4), partly=True)
+    return tasks
+
+
+def passages(run, n, length):
+    """n held-out texts of `length` tokens, none with an end of text in it: (n, length), or fewer"""
+    windows = run.held_out(4 * n, length - 1)                           # (m, length)
+    return windows[(windows != run.tokenizer.eot).all(1)][:n]
+
+
+def last_words(run, n):
+    """As LAMBADA: text up to a word of five letters or more that occurs in it before"""
+    items = []
+    for row in passages(run, 2 * n, passage_length(run)):
+        text = run.tokenizer.decode(row.tolist())
+        found = [m for m in re.finditer(r"(?<=\s)[^\W\d_]{5,}\b", text)
+                 if re.search(rf"\b{m[0]}\b", text[:m.start()])]
+        if not found:
+            continue
+        before = run.tokenizer.encode(text[:found[-1].start()].rstrip(" "))
+        whole = run.tokenizer.encode(text[:found[-1].end()])
+        if before and whole[:len(before)] == before:    # else the word's tokens begin before it
+            items.append([(torch.tensor(whole), len(whole) - len(before))])
+    return items[:n]
+
+
+def continuations(run, n):
+    """As HellaSwag: a passage, how it goes on, and how three others do, all of one length"""
+    length = passage_length(run)
+    rows = passages(run, n, length)                                     # (n, length)
+    size = length // 4                                                  # of an ending
+    draw = random.Random(0)
+    items = []
+    for i in range(len(rows) if len(rows) > 3 else 0):
+        others = draw.sample([j for j in range(len(rows)) if j != i], 3)
+        items.append([(torch.cat([rows[i, :-size], rows[j, -size:]]), size) for j in (i, *others)])
+    return items
+
+
+def passage_length(run):
+    return max(8, min(128, run.context // 2))
+
+
+NAMES = ("river", "stone", "garden", "window", "morning", "paper", "silver", "forest")
+
+
+def several_keys(tokenizer, m, n, length):
+    """As RULER: m names with a code of five digits each, among `length` tokens; asked for one"""
+    draw = random.Random(m)
+    filler = tokenizer.encode(FILLER)
+    items = []
+    for _ in range(n):
+        codes = {name: draw.randrange(10**4, 10**5) for name in draw.sample(NAMES, m)}
+        said = [tokenizer.encode(f"The code of the {name} is {code}. ")
+                for name, code in codes.items()]
+        gap = max(0, length - sum(map(len, said))) // m
+        between = (filler * (gap // len(filler) + 1))[:gap]
+        text = [token for one in said for token in one + between]
+        name = draw.choice(list(codes))
+        asked = tokenizer.encode(f"The code of the {name} is")
+        answer = tokenizer.encode(f" {codes[name]}")
+        items.append([(torch.tensor(text + asked + answer), len(answer))])
+    return items
+
+
+def copies(run, n):
+    """Random tokens of the held-out text, twice: 8, 16, 32 or 64. The first of the second time
+    cannot be known."""
+    known = torch.unique(run.held_out(64, passage_length(run)))
+    known = known[known != run.tokenizer.eot]
+    generator = torch.Generator().manual_seed(0)
+    items = []
+    for i in range(4 * n):
+        length = (8, 16, 32, 64)[i % 4]
+        ids = known[torch.randint(len(known), (length,), generator=generator)]      # (length)
+        items.append([(torch.cat([ids, ids]), length - 1)])
+    return items
+
+
+@torch.no_grad()
+def score_endings(model, texts, device, tokens_at_once=2**12, bar=None):
+    """texts [(tokens (L), n)] -> for each, of its last n tokens: log p (n), in nats, and whether
+    each is the first choice (n)
+
+    Texts of alike lengths are read together, the longest first, padded on the right: causal models
+    do not see what is there.
+    """
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]))
+    scores = [None] * len(texts)
+    while order:
+        longest = len(texts[order[0]][0])
+        B = max(1, tokens_at_once // longest)
+        batch, order = order[:B], order[B:]
+        rows = [texts[i][0][:-1] for i in batch]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)     # (B, L)
+        hidden = model.hidden(tokens)                                   # (B, L, D)
+        for row, h, i in zip(rows, hidden, batch, strict=True):
+            text, n = texts[i]
+            logp = model.head(h[len(row) - n:len(row)]).float().log_softmax(-1).cpu()   # (n, V)
+            target = text[-n:]                                          # (n)
+            scores[i] = (logp.gather(-1, target[:, None])[:, 0], logp.argmax(-1) == target)
+        if bar is not None:
+            bar.update(tokens.numel())
+    return scores
+
+
+def task_scores(model, task, tokenizer, device, bar=None):
+    """-> (items), the score of each, from 0 to 1"""
+    texts = [text for item in task.items for text in item]
+    scores = iter(score_endings(model, texts, device, bar=bar))
+    found = []
+    for item in task.items:
+        endings = [next(scores) for _ in item]
+        if len(item) > 1:
+            per_byte = [logp.double().sum().item() / max(1, tokenizer.bytes_in(text[-n:].tolist()))
+                        for (logp, _), (text, n) in zip(endings, item, strict=True)]
+            found.append(float(per_byte.index(max(per_byte)) == 0))
+        else:
+            right = endings[0][1].double()                              # (n)
+            found.append((right.mean() if task.partly else right.prod()).item())
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def show_tasks(run, n):
+    """A row for each task: both models' scores, their standard errors, and their ratio"""
+    tasks = local_tasks(run, n)
+    texts = [text for task in tasks.values() for item in task.items for text in item]
+    total = sum(len(tokens) for tokens, _ in texts)
+    print(f"\ntasks of held-out text: {sum(len(task.items) for task in tasks.values()):,} items, "
+          f"{total:,} tokens for each model to read, in fp32")
+    bar = progress_bar(None, "tasks", total * len(run.models()))
+    rows = []
+    for name, task in tasks.items():
+        if not task.items:
+            rows.append([name, "0", f"{task.chance:.0%}", *["too little text"] * 2, ""])
+            continue
+        means = []
+        cells = []
+        for model in run.models().values():
+            x = task_scores(model, task, run.tokenizer, run.device, bar)            # (items)
+            means.append(x.mean().item())
+            error = (x.std(correction=0) / math.sqrt(len(x))).item()
+            cells.append(f"{means[-1]:.1%} ± {error:.1%}")
+        recovered = f"{means[1] / means[0]:.0%}" if means[0] else "-"
+        rows.append([name, f"{len(task.items):,}", f"{task.chance:.0%}", *cells, recovered])
+    bar.close()
+    show(["task", "items", "chance", *run.models(), "recovered"], *rows)
 
 
 # -----------------------------------------------------------------------------
@@ -775,6 +944,13 @@ class EvaluatedRun:
         args = argparse.Namespace(**vars(self.args) | {"context": length})
         return open_data(args, self.tokenizer)[1]
 
+    def held_out(self, n, length):
+        """n held-out windows (n, length + 1), or all there are, whatever --eval_tokens says"""
+        args = argparse.Namespace(**vars(self.args) | {"context": length})
+        if not args.stream:                 # a stream has held out no more than that
+            args.eval_tokens = n * length
+        return open_data(args, self.tokenizer)[1][:n]
+
     def calibration_tokens(self):
         """The tokens (8, L) on which distill.py --init fit has fitted the mixers"""
         data = open_data(self.args, self.tokenizer)[0]
@@ -810,6 +986,9 @@ def main(arguments=None):
         show_speed(args)
         return
     run = EvaluatedRun(args)
+    if args.tasks:
+        show_tasks(run, args.items)
+        return
     if args.prompt is None:
         show_tables(run)
     print_samples(run, "def " if args.prompt is None else args.prompt, args)
@@ -845,6 +1024,8 @@ def parse(arguments=None):
     add("--temperature", type=zero_or_temperature, default=0.7, help="0 is greedy [%(default)s]")
     add("--top_k", type=at_least_one, help="sample from so many likeliest tokens [all]")
     add("--seed", type=count, default=0, help="of the sampling [%(default)s]")
+    add("--tasks", choices=("local",), help="tasks made of held-out text, instead of the tables")
+    add("--items", type=at_least_one, default=200, help="of a task, about [%(default)s]")
     add("--speed", action="store_true", help="tokens/s and memory by context, instead")
     add("--random", metavar="NAME", help="with --speed: this architecture, random weights, no run")
     add("--contexts", type=at_least_one, nargs="+", default=CONTEXTS,

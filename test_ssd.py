@@ -3099,15 +3099,15 @@ class Copier:
     """Predicts what followed the last place that reads most like the end of the text so far."""
 
     def hidden(self, tokens):
-        rows = []
-        for t in range(1, tokens.shape[1] + 1):
-            text = tokens[0, :t].tolist()
+        rows = [[self.next(row[:t]) for t in range(1, len(row) + 1)] for row in tokens.tolist()]
+        return torch.nn.functional.one_hot(torch.tensor(rows), 257).float()
 
-            def alike(j, text=text):
-                return next((n for n in range(8) if j - n < 0 or text[j - n] != text[-1 - n]), 8)
-            best = max(range(t - 1), key=lambda j, f=alike: (f(j), j), default=0)
-            rows.append(text[best + 1] if best + 1 < t else 0)
-        return torch.nn.functional.one_hot(torch.tensor(rows), 257)[None].float()
+    @staticmethod
+    def next(text):
+        def alike(j):
+            return next((n for n in range(8) if j - n < 0 or text[j - n] != text[-1 - n]), 8)
+        best = max(range(len(text) - 1), key=lambda j: (alike(j), j), default=len(text))
+        return text[best + 1] if best + 1 < len(text) else 0
 
     def head(self, h):
         return 100 * h
@@ -4273,6 +4273,101 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UsageError, match="8 windows of --context 32, which 3 processes cannot"):
         distill.parse(["--preset", "tiny", "--context", "32", "--batch", "256"])
+
+
+# -----------------------------------------------------------------------------
+# tasks made of held-out text
+
+@pytest.fixture
+def evaluated(a_run):
+    return evaluation.EvaluatedRun(evaluation.parse([str(a_run), "--eval_tokens", "256"]))
+
+
+def test_local_tasks_ask_what_they_say(evaluated):
+    run, tokenizer = evaluated, evaluated.tokenizer
+    run.context = 128
+    held_out = tokenizer.decode(torch.cat(list(Tokens(run.args.data, "val").windows(10**6, 1)))
+                                [::2].tolist())
+    tasks = evaluation.local_tasks(run, 40)
+    assert [task.chance for task in tasks.values()] == [0, 0.25, 0, 0, 0, 0, 0, 0.25, 0.125, 0]
+
+    def said(text):
+        return tokenizer.decode(text.tolist())
+    for [(text, n)] in tasks["last word"].items:
+        before, word = said(text[:-n]), said(text[-n:]).strip()
+        assert re.fullmatch(r"[^\W\d_]{5,}", word) and re.search(rf"\b{word}\b", before)
+        assert before + said(text[-n:]) in held_out
+    for item in tasks["continuation"].items:
+        passages = {said(text[:-n]) for text, n in item}
+        endings = [said(text[-n:]) for text, n in item]
+        assert len(passages) == 1 and len(set(endings)) == 4
+        assert {(len(text), n) for text, n in item} == {(64, 16)}
+        assert passages.pop() + endings[0] in held_out
+        assert all(ending in held_out for ending in endings)
+    for m in (4, 8):
+        for [(text, n)] in tasks[f"{m} keys"].items:
+            told = dict(re.findall(r"The code of the (\w+) is (\d{5})\. ", said(text)))
+            name, code = re.search(r"The code of the (\w+) is (\d{5})$", said(text)).groups()
+            assert len(told) == m and told[name] == code and said(text[-n:]) == f" {code}"
+    assert [n + 1 for [(_, n)] in tasks["copy"].items[:4]] == [8, 16, 32, 64]
+    for [(text, n)] in tasks["copy"].items:
+        assert len(text) == 2 * (n + 1) and torch.equal(text[:n + 1], text[n + 1:])
+    assert [len(task.items) for name, task in tasks.items() if "needle" in name] == [4] * 5
+    # The same items each time: nothing else draws from their generators.
+    torch.manual_seed(5)
+    random.seed(5)
+    for one, other in zip(tasks.values(), evaluation.local_tasks(run, 40).values(), strict=True):
+        assert repr(one) == repr(other)
+
+
+def test_a_model_that_copies_does_what_copying_can_do_and_one_that_guesses_nothing(evaluated):
+    evaluated.context = 64
+    tasks = evaluation.local_tasks(evaluated, 8)
+
+    def score(model, name):
+        return evaluation.task_scores(model, tasks[name], evaluated.tokenizer, "cpu").mean().item()
+    names = [name for name in tasks if "needle" in name or "keys" in name] + ["copy"]
+    assert min(score(Copier(), name) for name in names) > 0.9
+    assert max(score(Guesser(), name) for name in names) < 0.1
+    # All endings are equally likely to a guesser, so the likeliest is the first: not an error of
+    # its own, but no model gives equal numbers.
+    assert score(Guesser(), "continuation") == 1
+
+
+def test_an_ending_counts_when_the_model_writes_it_and_the_batch_does_not_matter():
+    for model in (exact_teacher("phi"), SSM.from_teacher(random_teacher()).double()):
+        prompts = [torch.randint(256, (n,), generator=torch.Generator().manual_seed(n))
+                   for n in (3, 17, 8, 30, 8)]
+        written = [model.generate(prompt[None], 5)[0] for prompt in prompts]
+        texts = [(text, 5) for text in written]
+        changed = written[1].clone()
+        changed[-3] = (changed[-3] + 1) % 256           # the two after it are scored given this one
+        texts.append((changed, 5))
+        *scores, last = evaluation.score_endings(model, texts, "cpu")
+        assert all(right.all() for _, right in scores)
+        assert last[1].tolist()[:3] == [True, True, False]
+        want = model.logits(changed[None, :-1])[0, -5:].log_softmax(-1)
+        want = want.gather(-1, changed[-5:, None])[:, 0].detach().double()
+        assert rel(last[0], want) < 1e-5                # as a row alone, in the fp32 of the scores
+        for tokens_at_once in (1, 40, 10**6):
+            again = evaluation.score_endings(model, texts, "cpu", tokens_at_once)
+            for (logp, right), (logp2, right2) in zip([*scores, last], again, strict=True):
+                assert torch.equal(right, right2) and rel(logp2, logp) < 1e-6
+
+
+def test_the_tasks_are_printed_with_chance_counts_and_standard_errors(a_run, capsys):
+    evaluation.main([str(a_run), "--tasks", "local", "--items", "20", "--context", "128"])
+    said = capsys.readouterr().out
+    rows = re.findall(r"^\| (.+?) +\| +(\d+) \| +(\d+)% \| +([\d.]+)% ± ([\d.]+)% \| +([\d.]+)% ± "
+                      r"([\d.]+)% \| +(\d+%|-) \|$", said, re.M)
+    assert [row[0] for row in rows] == [
+        "last word", "continuation", *(f"needle, {n} tokens back" for n in (16, 32, 64, 128, 512)),
+        "4 keys", "8 keys", "copy"]
+    for _, n, _, teacher, error, *_ in rows:
+        p = float(teacher) / 100
+        if rows[-1][3] != teacher:                      # copy has shares, not hits
+            want = 100 * math.sqrt(p * (1 - p) / int(n))
+            assert float(error) == pytest.approx(want, abs=0.06)    # as printed: one digit
 
 
 # -----------------------------------------------------------------------------
