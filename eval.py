@@ -783,7 +783,7 @@ def show_speed(args):
 
 def print_samples(run, prompt, args):
     """Both models continue `prompt`, side by side: in a terminal as they write, else at the end"""
-    ids = run.tokenizer.encode(prompt)
+    ids = run.tokenizer.encode_chat(prompt) if args.chat else run.tokenizer.encode(prompt)
     tokens = torch.tensor([ids], device=run.device, dtype=torch.long)           # (1, L)
     print(f"\n{args.length} tokens from {prompt!r}, temperature {args.temperature}, "
           "the same seed:\n")
@@ -801,7 +801,9 @@ def print_samples(run, prompt, args):
     erase = ""
     for pair in zip(*streams, strict=True):
         for row, token in zip(written.values(), pair, strict=True):
-            row.append(token.item())
+            ended = args.chat and len(row) > len(ids) and row[-1] in run.tokenizer.stop_ids
+            if not ended:
+                row.append(token.item())
         if live:
             # The cursor cannot go back to lines that have scrolled away: show the last that fit.
             lines = both().split("\n")[2 - lines_on_screen:]
@@ -1020,6 +1022,7 @@ def parse(arguments=None):
     add = parser.add_argument
     add_run_flags(add, nargs="?")
     add("--prompt", help="no tables: both models continue this [the tables, then 'def ']")
+    add("--chat", action="store_true", help="the prompt is what a user says to a chat model")
     add("--length", type=at_least_one, default=300, help="tokens to generate [%(default)s]")
     add("--temperature", type=zero_or_temperature, default=0.7, help="0 is greedy [%(default)s]")
     add("--top_k", type=at_least_one, help="sample from so many likeliest tokens [all]")
@@ -1035,6 +1038,10 @@ def parse(arguments=None):
     args = parser.parse_args(arguments)
     if args.random and not args.speed:
         raise UsageError("--random measures --speed: random weights have no other results")
+    if args.chat and args.prompt is None:
+        raise UsageError("--chat is for --prompt, what the user says")
+    if args.tasks and (args.speed or args.prompt is not None):
+        raise UsageError("--tasks, --speed and --prompt print different things: give one of them")
     if bool(args.run) == bool(args.random):
         raise UsageError("give a run folder such as out/tiny, or --speed --random NAME, not both")
     return args

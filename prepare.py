@@ -165,6 +165,16 @@ class Tokenizer:
         """-> a list of ids"""
         return self.encode_batch([text])[0].tolist()
 
+    def encode_chat(self, text):
+        """-> ids of `text` as what a user says, up to where the answer begins. UsageError if the
+        tokenizer has no chat template"""
+        if not getattr(self.hf, "chat_template", None):
+            raise UsageError(f"the tokenizer of {self.name} has no chat template: leave out --chat")
+        said = [{"role": "user", "content": text}]
+        whole = self.hf.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        # Here the template's special tokens have to be special.
+        return self.hf(whole, add_special_tokens=False)["input_ids"]
+
     def decode(self, ids):
         if self.hf is None:
             return self.tiktoken.decode(ids)

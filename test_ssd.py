@@ -3215,7 +3215,31 @@ def test_in_a_terminal_the_text_grows_and_ends_as_it_does_in_a_file(a_run, capsy
     assert live.count("\x1b[J") == 60 and screen_after(live, high=8) == piped
 
 
+def test_a_chat_prompt_goes_into_the_template_and_an_answer_ends_where_the_model_ends_it(
+        its_copy, teacher_folder, tmp_path, capsys, monkeypatch):
+    chat = shutil.copytree(teacher_folder, tmp_path / "chat")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chat)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|endoftext|>{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}")
+    tokenizer.save_pretrained(chat)
+    assert Tokenizer(str(chat)).encode_chat("hello") == [*b"user: hello", 256, *b"A:"]
+
+    def writes(answer):
+        return lambda *_: iter(torch.tensor([*answer])[:, None])
+    monkeypatch.setattr(Teacher, "stream", writes([*b"one", 256, *b"more"]))
+    monkeypatch.setattr(SSM, "stream", writes(b"three..."))
+    evaluation.main([str(its_copy), "--teacher", str(chat), "--chat", "--prompt", "hello",
+                     "--length", "8"])
+    said = capsys.readouterr().out
+    end = re.escape("<|endoftext|>")
+    assert re.search(rf"^user: hello{end}A:one{end} +\| user: hello{end}A:three\.\.\.$", said, re.M)
+    with pytest.raises(UsageError, match="has no chat template: leave out --chat"):
+        evaluation.main([str(its_copy), "--chat", "--prompt", "hello"])
+
+
 @pytest.mark.parametrize("mistake, complaint", [
+    ("RUN --chat", "--chat is for --prompt"), ("RUN --tasks local --speed", "give one of them"),
     ("", "give a run folder"), ("RUN --random tiny --speed", "not both"),
     ("--random tiny", "--random measures --speed"),
     ("--speed --random ./nowhere", "no such teacher"), ("RUN --contexts 0", "from 1 on"),

@@ -9,6 +9,10 @@ and so is the class that extras/export.py writes. No beginning-of-text token is 
 student was distilled without one. A text with nothing before it begins with an end of text, as in
 the shards.
 
+A student has no window, so no prompt is cut, unless --context gives a limit: then the number of
+prompts that were cut is printed. Whole texts (tasks of perplexity) are scored in windows as long as
+in training, or of --context.
+
 `paper` prints the paper's table beside these scores, and for each student the share of its
 teacher's score that it recovers.
 
@@ -34,16 +38,56 @@ PUBLISHED = {"Phi-1.5 [2]": (73.4, 75.6, 48.0, 76.6, 62.6, 53.4),           # in
 TOKENS_AT_ONCE = 2**14      # in a batch, padding included
 
 
-def harness_model(model, tokenizer, context):
-    """A model of transformers -> the harness's HFLM. context: tokens of its longest text"""
+NO_LIMIT = 2**20            # tokens
+
+
+def harness_model(model, tokenizer, window, limit=None):
+    """A model of transformers -> the harness's HFLM
+
+    window: tokens at once of a text that is scored whole   limit: of a prompt and its answer
+    """
     from lm_eval.models.huggingface import HFLM
+
+    class Uncut(HFLM):
+        """HFLM would cut from the left, without a word, what is longer than the model's window."""
+        prompts = 0
+        cut = 0
+
+        def count(self, lengths, most):
+            """Prompts of these lengths come. As many at once as fit."""
+            self.prompts += len(lengths)
+            self.cut += sum(length > most for length in lengths)
+            self.batch_size_per_gpu = max(1, TOKENS_AT_ONCE // max(lengths, default=1))
+
+        def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+            lengths = [len(before) + len(ending) for _, before, ending in requests]
+            self.count(lengths, self.max_length + 1)    # the last token is not read
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            prompts, length = self.prompts, self._max_length
+            self._max_length = limit or window
+            self.count([self._max_length], math.inf)    # for the size of its batches
+            scores = super().loglikelihood_rolling(requests, disable_tqdm)
+            self.prompts, self._max_length = prompts, length    # its windows are no prompts
+            return scores
+
+        def generate_until(self, requests, disable_tqdm=False):
+            lengths = []
+            for request in requests:
+                text, settings = request.args
+                lengths.append(len(self.tok_encode(text))
+                               + settings.get("max_gen_toks", self.max_gen_toks))
+            self.count(lengths, self.max_length)
+            return super().generate_until(requests, disable_tqdm)
+
     hf = tokenizer.hf or byte_tokenizer(tokenizer.eot)
     hf.pad_token = hf.pad_token or hf.eos_token
     # Both models stop at every end of text that their tokenizer has, whatever their configs say.
     model.generation_config.eos_token_id = list(tokenizer.stop_ids)
     model.generation_config.pad_token_id = tokenizer.eot
-    return HFLM(pretrained=model, tokenizer=hf, max_length=context, add_bos_token=False,
-                prefix_token_id=tokenizer.eot, batch_size=max(1, TOKENS_AT_ONCE // context))
+    return Uncut(pretrained=model, tokenizer=hf, max_length=limit or NO_LIMIT, batch_size=1,
+                 add_bos_token=False, prefix_token_id=tokenizer.eot)
 
 
 def as_transformers(student):
@@ -56,20 +100,26 @@ def as_transformers(student):
     return model.eval()
 
 
-def scores(run, names, include_path=None, limit=None):
-    """-> {"teacher" | "student": {(task, metric): score}}, {task: number of its examples}"""
+def scores(run, args):
+    """-> {"teacher" | "student": {(task, metric): score}}, {task: number of its examples}
+
+    args: as main declares them
+    """
     missing = [p for p in ("lm_eval", "accelerate") if not importlib.util.find_spec(p)]
     if missing:
         raise UsageError('--tasks needs lm-eval: pip install "lm-eval[hf]"')
     from lm_eval import simple_evaluate
     logging.getLogger("lm_eval").setLevel(logging.ERROR)        # it warns about every default
     go_offline_if_unreachable()
-    names = expand(names)
-    manager = task_files(names, include_path)
+    names = expand(args.tasks)
+    manager = task_files(names, args.include_path)
+    if args.apply_chat_template and not getattr(run.tokenizer.hf, "chat_template", None):
+        raise UsageError(f"--apply_chat_template: the tokenizer of {run.args.teacher} has no chat "
+                         "template")
 
-    def evaluate(model):
-        return simple_evaluate(model, tasks=names, task_manager=manager, limit=limit,
-                               bootstrap_iters=0, log_samples=False)
+    def evaluate(model, **more):
+        return simple_evaluate(model, tasks=names, task_manager=manager, limit=args.limit,
+                               bootstrap_iters=0, log_samples=False, **more)
 
     run.teacher.model.set_attn_implementation("sdpa")           # the captured one ignores padding
     models = {"teacher": run.teacher.model, "student": as_transformers(run.student)}
@@ -78,8 +128,12 @@ def scores(run, names, include_path=None, limit=None):
         # The harness's random model first: mistakes in a task show before hours are spent.
         evaluate("dummy")
         for name, model in models.items():
-            results = evaluate(harness_model(model, run.tokenizer, run.context))
+            harness = harness_model(model, run.tokenizer, run.args.context, args.context)
+            results = evaluate(harness, apply_chat_template=args.apply_chat_template)
             found[name] = numbers_of(results["results"])
+        if args.context:
+            print(f"{harness.cut:,} of {harness.prompts:,} prompts were cut to --context "
+                  f"{args.context:,}, their beginning is lost")
     except Exception as error:              # a task's template or metric may raise anything
         raise UsageError(f"--tasks {' '.join(names)}: {type(error).__name__}: "
                          f"{first_line(error)}") from error
@@ -169,9 +223,10 @@ def main(arguments=None):
         help="names that lm-eval knows, or paper for the paper's six")
     add("--include_path", help="a folder with task files of your own")
     add("--limit", type=at_least_one, help="only so many examples of each task [all]")
+    add("--apply_chat_template", action="store_true", help="for a teacher that was made to chat")
     args = parser.parse_args(arguments)
     run = EvaluatedRun(args)
-    show_scores(args.tasks, *scores(run, args.tasks, args.include_path, args.limit))
+    show_scores(args.tasks, *scores(run, args))
 
 
 if __name__ == "__main__":

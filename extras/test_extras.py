@@ -599,7 +599,7 @@ GENERATE = {"output_type": "generate_until", "metric_list": [{"metric": "exact_m
 WRONG_TASKS = {     # what is wrong with the task `hello`, and what is said of it
     "no field": (CHOICE | {"doc_to_choice": "{{answers}}"}, "answers"),
     "no data": (CHOICE | {"dataset_kwargs": {"data_files": "nowhere.jsonl"}}, "nowhere.jsonl"),
-    "too long": (GENERATE | {"generation_kwargs": {"max_gen_toks": 300}},
+    "too long": (GENERATE | {"generation_kwargs": {"max_gen_toks": 300}},       # of --context 256
                  "less than model's maximum sequence length"),
 }
 
@@ -610,8 +610,54 @@ def test_a_mistake_in_a_task_is_one_line(tmp_path, a_run, mistake):
     settings, complaint = WRONG_TASKS[mistake]
     task_file(tmp_path, "hello", questions(2, 0), **settings)
     with pytest.raises(UsageError, match=complaint) as error:
-        benchmarks.main([str(a_run), "--tasks", "hello", "--include_path", str(tmp_path)])
+        benchmarks.main([str(a_run), "--tasks", "hello", "--include_path", str(tmp_path),
+                         "--context", "256"])
     assert "\n" not in str(error.value)
+
+
+@needs_harness
+def test_a_prompt_is_read_whole_or_it_is_said_how_many_were_cut(
+        tmp_path, a_run, teacher_folder, capsys):
+    # Longer than the 32 tokens of training, and than the 64 positions of the teacher's config.
+    models = both_models(a_run, teacher_folder)
+    prompts = ["seven " * n for n in (2, 20, 30)]
+    tokenizer = Tokenizer("bytes")
+    golds = [tokenizer.decode(models["student"].generate(torch.tensor([[*p.encode()]]), 6)
+                              [0, len(p):].tolist()) for p in prompts]
+    docs = [{"question": p, "gold": g} for p, g in zip(prompts, golds, strict=True)]
+    task_file(tmp_path, "said", docs, output_type="generate_until",
+              generation_kwargs={"until": [], "max_gen_toks": 6},
+              metric_list=[{"metric": "exact_match"}])
+    command = [str(a_run), "--tasks", "said", "--include_path", str(tmp_path)]
+    benchmarks.main(command)                            # all in one batch, padded on the left
+    said = capsys.readouterr().out
+    assert re.search(r"^\| said +\| exact_match \| +[\d.]+ \| +1 \| +3 \|$", said, re.M), said
+    assert "prompts were cut" not in said
+    benchmarks.main([*command, "--context", "130"])     # 12 + 6, 120 + 6, 180 + 6 tokens
+    assert "1 of 3 prompts were cut to --context 130" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="has no chat template"):
+        benchmarks.main([*command, "--apply_chat_template"])
+
+
+@needs_harness
+def test_a_chat_template_goes_around_each_prompt(tmp_path, its_copy, teacher_folder, capsys):
+    # The same name, as the run knows its teacher by it; the tokenizer is read from there.
+    chat = shutil.copytree(teacher_folder, tmp_path / "chat")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chat)
+    tokenizer.chat_template = ("{% for m in messages %}<{{ m.content }}>{% endfor %}"
+                               "{% if add_generation_prompt %}:{% endif %}")
+    tokenizer.save_pretrained(chat)
+    model = both_models(its_copy, teacher_folder)["student"]
+    text = "<seven>:"
+    gold = Tokenizer("bytes").decode(model.generate(torch.tensor([[*text.encode()]]), 6)
+                                     [0, len(text):].tolist())
+    task_file(tmp_path, "said", [{"question": "seven", "gold": gold}],
+              output_type="generate_until", generation_kwargs={"until": [], "max_gen_toks": 6},
+              metric_list=[{"metric": "exact_match"}])
+    benchmarks.main([str(its_copy), "--teacher", str(chat), "--tasks", "said", "--include_path",
+                     str(tmp_path), "--apply_chat_template"])
+    said = capsys.readouterr().out
+    assert re.search(r"^\| said +\| exact_match \| +\S+ \| +1 \| +1 \|$", said, re.M), said
 
 
 @needs_harness
