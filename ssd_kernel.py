@@ -736,18 +736,11 @@ def ssd_step(q, k, v, a, S):
 
 def step_triton(q, k, v, a, S):
     """ssd_step in one kernel"""
-    (B, H, P), (G, N) = v.shape, q.shape[1:]
-    columns = min(P, 16)
-    q, k, v, a, S = (x.contiguous() for x in (q, k, v, a.float(), S))
-    y = torch.empty_like(v)
-    S1 = torch.empty_like(S)
-    with torch.cuda.device_of(v):
-        step_kernel[(P // columns, B * H)](q, k, v, a, S, y, S1, H, G, N, P, columns, num_warps=4)
-    return y, S1
+    return step_op(*(x.contiguous() for x in (q, k, v, a.float(), S)))
 
 
-# What autograd and torch.compile see: two operators, the shapes of their outputs, and that one is
-# the other's derivative. Their inputs are contiguous.
+# What autograd and torch.compile see: three operators, the shapes of their outputs, and that the
+# second of the first two is the first one's derivative. Their inputs are contiguous.
 
 @torch.library.custom_op("mohawk::ssd", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, "
                          "Tensor a, Tensor S, Tensor cu, bool store, int pieces) -> "
@@ -793,6 +786,23 @@ def ssd_backward_op(q, k, v, a, cu, states, dy, dS, pieces):
 @ssd_backward_op.register_fake
 def _(q, k, v, a, cu, states, dy, dS, pieces):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, a, dS))
+
+
+@torch.library.custom_op("mohawk::ssd_step", mutates_args=(), schema="(Tensor q, Tensor k, "
+                         "Tensor v, Tensor a, Tensor S) -> (Tensor, Tensor)")
+def step_op(q, k, v, a, S):
+    """-> y (B, H, P), the next S (B, H, N, P)"""
+    (B, H, P), (G, N) = v.shape, q.shape[1:]
+    columns = min(P, 16)                    # of S, for each program
+    y, S1 = step_outputs(q, k, v, a, S)
+    with torch.cuda.device_of(v):
+        step_kernel[(P // columns, B * H)](q, k, v, a, S, y, S1, H, G, N, P, columns, num_warps=4)
+    return y, S1
+
+
+@step_op.register_fake
+def step_outputs(q, k, v, a, S):
+    return torch.empty_like(v), torch.empty_like(S)
 
 
 @outside_autocast

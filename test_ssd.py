@@ -509,6 +509,7 @@ def test_one_step_in_one_kernel_is_one_step(G, N, P):
     got = ssd_kernel.step_triton(q[:, 0], k[:, 0], v[:, 0], a[:, 0], S)
     want = ssd_recurrent(*(x.double() for x in (q, k, v, a, S)), return_final_state=True)
     assert rel(got[0], want[0][:, 0]) < 1e-6 and rel(got[1], want[1]) < 1e-6
+    torch.library.opcheck(ssd_kernel.step_op, (q[:, 0], k[:, 0], v[:, 0], a[:, 0], S))
 
 
 def test_autograd_and_the_compiler_see_through_the_operator():
