@@ -1,4 +1,4 @@
-"""The forms of SSD, the loss of stage 1, and peers of both, timed on this machine.
+"""SSD, the losses of stages 1 and 3, the convolution, and peers of them, timed on this machine.
 
 Run:  python -m extras.bench_kernel                 # anywhere; the figures that matter need a GPU
       python -m extras.bench_kernel --lengths 512 2048 --json kernels.json
@@ -20,8 +20,10 @@ import time
 
 import torch
 
+from model_ssm import causal_conv
 from prepare import Parser, run_program
 from ssd_kernel import (
+    distillation_loss,
     orientation_loss,
     orientation_loss_naive,
     pieces_of,
@@ -109,6 +111,39 @@ def orientation_cases(lengths, tokens, H, dtype, device):
             yield form, functools.partial(function, *teacher), (q, k, a, D), a.new_ones(()), 0, None
 
 
+def distillation_cases(tokens, V, D, dtype, device):
+    """Stage 3's loss: heads (V, D) of both models, hidden states of so many tokens"""
+    draw = torch.Generator(device).manual_seed(0)
+    h, W, h_t, W_t = (torch.randn(*shape, D, generator=draw, device=device) / D**0.25
+                      for shape in 2 * [(1, tokens), (V,)])
+    leaves = [h.requires_grad_(), W.requires_grad_()]
+    h_t, W_t = h_t[0].to(dtype), W_t.to(dtype)
+
+    def plain(h, W):
+        log_p = (h_t @ W_t.mT).float().log_softmax(-1)                  # (tokens, V)
+        log_q = (h[0] @ W.mT).log_softmax(-1)                           # (tokens, V)
+        return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+    def blocks(h, W, backend):
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            return distillation_loss(h[0], W, h_t, W_t, backend=backend)[0]
+
+    forms = {"naive": plain, "blocks, torch": functools.partial(blocks, backend="torch"),
+             "blocks, triton": functools.partial(blocks, backend="triton")}
+    for form, function in forms.items():
+        if form == "blocks, triton" and device == "cpu":
+            continue                        # its interpreter takes minutes
+        yield form, function, leaves, h.new_ones(()), 0, None
+
+
+def convolution_cases(tokens, L, C, dtype, device):
+    """The short causal convolution, 4 wide, over C channels"""
+    x, dy = (torch.randn(max(1, tokens // L), L, C, device=device, dtype=dtype) for _ in range(2))
+    leaves = [x.requires_grad_(), torch.randn(C, 1, 4, device=device).requires_grad_(),
+              torch.randn(C, device=device).requires_grad_()]
+    yield "causal_conv", causal_conv, leaves, dy, 5 * x.nbytes, None
+
+
 # -----------------------------------------------------------------------------
 # The clock and the table
 
@@ -189,6 +224,7 @@ def main(arguments=None):
     parser.add_argument("--json", help="also write what was measured to this file")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens in a row [512 ... 65536]")
     parser.add_argument("--tokens", type=int, help="tokens in all [16,384 on a GPU, else 4,096]")
+    parser.add_argument("--vocabulary", type=int, help="of the distillation loss [51,200; 4,096]")
     parser.add_argument("--orientation_lengths", type=int, nargs="+", default=[512, 1024, 2048])
     args = parser.parse_args(arguments)
     if torch.cuda.is_available():
@@ -205,10 +241,13 @@ def main(arguments=None):
     print(" | ".join(f"{key} {value}" for key, value in about.items()))
     tokens = args.tokens or tokens
     lengths = args.lengths or [2**n for n in range(9, 17)]
+    V, D = (args.vocabulary or 51200, 2048) if device == "cuda" else (args.vocabulary or 4096, 256)
     tables = {"SSD": ssd_cases(lengths, tokens, H, dtype, device),
               "SSD, one row in pieces": piece_cases(lengths, H, dtype, device),
               "orientation loss": orientation_cases(args.orientation_lengths, tokens, H, dtype,
-                                                    device)}
+                                                    device),
+              f"distillation loss, V {V}, D {D}": distillation_cases(tokens, V, D, dtype, device),
+              "convolution": convolution_cases(tokens, min(tokens, 2048), 192 * H, dtype, device)}
     left_out = about["left out"] = {}
     for title, cases in tables.items():
         if "pieces" in title and device == "cpu":

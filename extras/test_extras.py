@@ -1502,6 +1502,46 @@ def test_a_power_law_is_found_again_and_said(tmp_path, capsys):
     assert not (tmp_path / "short.png").exists()
 
 
+def test_all_that_waits_for_a_gpu_runs_in_miniature_and_says_what_failed(tmp_path):
+    def gpu_sh(parts, **env):
+        return subprocess.run(["bash", str(HERE / "results/gpu.sh"), "--dry"], text=True,
+                              capture_output=True, env=os.environ | {
+                                  "PARTS": parts, "OUT": str(tmp_path / "out")} | env)
+
+    done = gpu_sh("kernels run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    took = re.findall(r"^(kernels|run) +\d+ s +\S", done.stdout, re.M)
+    assert took == ["kernels", "run"]
+    assert json.loads((tmp_path / "out/kernels.json").read_text())["convolution"][0]["forward ms"]
+    assert "report.md" in (tmp_path / "out/run.txt").read_text()
+    again = gpu_sh("kernels run")
+    assert again.returncode == 0 and again.stdout.count("ran before") == 2
+    # A python that fails: of two parts, the one that has run stays so.
+    (tmp_path / "python").write_text("#!/bin/sh\necho no such thing\nexit 3\n")
+    (tmp_path / "python").chmod(0o755)
+    broken = gpu_sh("kernels decoding", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert broken.returncode == 1
+    assert re.search(r"^decoding +FAILED \(3\) after \d+ s +no such thing$", broken.stdout, re.M)
+    assert re.search(r"^kernels +ran before", broken.stdout, re.M)
+
+
+def test_every_pending_line_is_a_part_of_the_script_for_a_gpu():
+    script = (HERE / "results/gpu.sh").read_text()
+    pending = re.findall(r"^\| ([\w, -]+) \|.+\| pending \|$",
+                         (HERE / "results/README.md").read_text("utf-8"), re.M)
+    names = [name for line in pending for name in line.split(", ")]
+    parts = re.findall(r"^ +part ([\w-]+)(?:=cut)? \d+", script.partition("\nelse")[0], re.M)
+    assert names == parts and len(names) > 5
+
+
+def test_without_a_gpu_nothing_is_measured_in_earnest(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run(["bash", str(HERE / "results/gpu.sh")], capture_output=True, text=True,
+                          env=os.environ | {"OUT": str(tmp_path / "out")})
+    assert done.returncode == 1 and "no CUDA device here" in done.stderr
+
+
 def test_the_benchmark_measures_says_what_it_left_out_and_writes_it_down(tmp_path, capsys):
     bench_kernel.main(["--lengths", "16", "--orientation_lengths", "16", "--tokens", "16",
                      "--json", str(tmp_path / "kernels.json")])
