@@ -8,11 +8,13 @@ Run:  python -m extras.bench_kernel                 # anywhere; the figures that
     of copying                 the time of copying as many bytes, as a share of `both`: 100% is the
                                best that a kernel bound by memory can reach
     peak MB                    memory beyond the inputs, on a GPU
-    error                      against fp64, RMS, as a share of the signal
+    error, grad error          of y, and the worst of dq, dk, dv, da: against fp64, RMS, as a share
+                               of the signal. WRONG: by more than the dtype allows
 
 Peers that are not installed, or do not run here, are named at the end.
 """
 import functools
+import importlib.util
 import json
 import math
 import statistics
@@ -45,8 +47,12 @@ def flash_attention(q, k, v, a):
 
 def mamba_ssm(q, k, v, a):
     """The authors' kernels, as Phi-Mamba calls them: v is divided by the step dt = -a, by which the
-    kernels multiply it again"""
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as kernels
+    kernels multiply it again. From the hub, built, where the package `kernels` is installed."""
+    if importlib.util.find_spec("kernels"):
+        from kernels import get_kernel
+        kernels = get_kernel("kernels-community/mamba-ssm", version=1).mamba_chunk_scan_combined
+    else:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as kernels
     return kernels(v / -a[..., None].to(v.dtype), -a, a.new_full(a.shape[2:], -1.0), k, q, 128)
 
 
@@ -62,9 +68,22 @@ def fla(q, k, v, a):
     return chunk_simple_gla(q, k, v, g=a, scale=1.0)[0]
 
 
+def mlstm(q, k, v, a):
+    """xLSTM's kernels with a sigmoid input gate, here open. They scale q by 1 / sqrt(N), and their
+    forget gate's logit f has log sigmoid(f) = a."""
+    from mlstm_kernels.torch.chunkwise.triton_xl_chunk_siging import (
+        mlstm_siging_chunkwise__xl_chunk as kernel,
+    )
+    q, k, v = (x.transpose(1, 2) for x in (q * q.shape[-1] ** 0.5, k, v))           # (B, H, L, .)
+    a = a.transpose(1, 2)                                                           # (B, H, L)
+    f = a - torch.log(-torch.expm1(a))
+    y = kernel(q, k, v, torch.full_like(a, 30.0), f, normalize=False, autocast_kernel_dtype=q.dtype)
+    return y.transpose(1, 2)
+
+
 FORMS = {"naive": ssd_naive, "chunked": ssd_chunked, "triton": ssd_triton,
          "attention, flash": flash_attention, "mamba_ssm": mamba_ssm, "its minimal": minimal,
-         "fla": fla}
+         "fla": fla, "mlstm, siging": mlstm}
 
 
 # -----------------------------------------------------------------------------
@@ -83,7 +102,9 @@ def ssd_cases(lengths, tokens, H, dtype, device):
     for L in lengths:
         leaves, dy = example(L, max(1, tokens // L), H, 64, dtype, device)
         # Two heads of one row, since fp64 is slow on a GPU.
-        want = ssd_chunked(*(x[:1, :, :2].detach().double() for x in leaves))
+        few = [x[:1, :, :2].detach().double().requires_grad_() for x in leaves]
+        y = ssd_chunked(*few)
+        want = y.detach(), *torch.autograd.grad(y, few, dy[:1, :, :2].double())
         # forward: q k v a -> y    backward: q k v a dy -> dq dk dv da    (a and da are smaller)
         least = 11 * dy.nbytes + 3 * leaves[3].nbytes
         for form, function in FORMS.items():
@@ -166,14 +187,21 @@ def measure(form, function, leaves, dy, least, want, device, copy_speed):
     def backward(y):
         return torch.autograd.grad(y, leaves, dy, retain_graph=True, allow_unused=True)
 
-    forward_ms = backward_ms = peak = error = math.nan
+    forward_ms = backward_ms = peak = error = grad_error = math.nan
     why = None
     try:
         with torch.no_grad():
             y = function(*leaves)
-            error = math.nan if want is None else rel(y[:1, :, :2], want)
+            if want is not None:
+                error = rel(y[:1, :, :2], want[0])
             forward_ms = milliseconds(lambda: function(*leaves), device)
         y = function(*leaves)
+        if want is not None:
+            grad_error = max(rel(got[:1, :, :2], g)
+                             for got, g in zip(backward(y), want[1:], strict=True))
+        most = 1e-3 if y.dtype == torch.float32 else 0.03
+        if max(error, grad_error) > most:
+            form, why = f"{form} WRONG", f"error {error:.1e}, of its gradients {grad_error:.1e}"
         backward_ms = milliseconds(lambda: backward(y), device)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -185,7 +213,8 @@ def measure(form, function, leaves, dy, least, want, device, copy_speed):
     both = forward_ms + backward_ms
     return {"L": leaves[0].shape[1], "B": len(leaves[0]), "form": form, "forward ms": forward_ms,
             "backward ms": backward_ms, "both ms": both, "least GB": least / 1e9,
-            "of copying": least / 1e6 / copy_speed / both, "peak MB": peak, "error": error}, why
+            "of copying": least / 1e6 / copy_speed / both, "peak MB": peak, "error": error,
+            "grad error": grad_error}, why
 
 
 def rel(got, want):
@@ -193,9 +222,9 @@ def rel(got, want):
     return ((got - want).square().mean() / want.square().mean()).sqrt().item()
 
 
-WIDTHS = {"L": 6, "B": 4, "form": 18}
+WIDTHS = {"L": 6, "B": 4, "form": 24}
 FORMATS = {"forward ms": ".3f", "backward ms": ".3f", "both ms": ".3f", "least GB": ".3f",
-           "of copying": ".1%", "peak MB": ",.0f", "error": ".1e"}
+           "of copying": ".1%", "peak MB": ",.0f", "error": ".1e", "grad error": ".1e"}
 
 
 def print_table(cases, device, copy_speed, left_out):

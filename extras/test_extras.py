@@ -1552,6 +1552,23 @@ def test_the_benchmark_measures_says_what_it_left_out_and_writes_it_down(tmp_pat
     for form in bench_kernel.FORMS:
         assert form in forms or f"left out: {form}, L 16: " in printed
     assert {row["form"] for row in written["orientation loss"]} == {"naive", "tiles"}
+    assert {row["form"] for row in written["convolution"]} == {"causal_conv"}
+
+
+def test_a_peer_that_computes_something_else_is_shown_as_wrong(monkeypatch, capsys):
+    def no_gradient_of_the_decay(q, k, v, a):
+        return ssd(q, k, v, a.detach() + 0 * a)
+
+    monkeypatch.setattr(bench_kernel, "FORMS", {
+        "right": bench_kernel.ssd_chunked, "forward": lambda q, k, v, a: ssd(q, k, v, 2 * a),
+        "backward": no_gradient_of_the_decay})
+    bench_kernel.main(["--lengths", "16", "--orientation_lengths", "16", "--tokens", "16",
+                       "--vocabulary", "64"])
+    said = capsys.readouterr().out
+    assert re.search(r"^ +16 +1 +right +\d", said, re.M)
+    for form in ("forward", "backward"):
+        assert re.search(rf"^ +16 +1 +{form} WRONG +\d", said, re.M)
+        assert re.search(rf"^left out: {form} WRONG, L 16: error ", said, re.M)
 
 
 @pytest.mark.parametrize("ms, runs", [(0.1, 20), (30, 20), (300, 4)])
