@@ -480,7 +480,8 @@ def choose_layers(run, student, teacher, tokenizer, calibration_tokens):
 
     A run that goes on takes them from that file, as the processes do that are not rank 0.
     """
-    args, path = run.args, run.folder / "attention.json"
+    args = run.args
+    path = run.folder / "attention.json"
     K = how_many(args.attn_layers) - len(student.config.attn_layers)
     with rank_0_first(run):
         if run.rank == 0 and not run.checkpoints.rows:
@@ -518,7 +519,8 @@ def misshapen(config, n_layer, args, of_another_run):
     cure = "choose another --from" if of_another_run else "choose another --out"
     if config.n_layer != n_layer:
         return f"has {config.n_layer} layers, this run has {n_layer}: {cure}, or --n_layer"
-    before, n = config.attn_layers, how_many(args.attn_layers)
+    before = config.attn_layers
+    n = how_many(args.attn_layers)
     if n is not None:
         if len(before) > n or len(before) < n and not of_another_run:
             return (f"has attention in {len(before)} layers, --attn_layers is auto:{n}: {cure}")

@@ -229,10 +229,10 @@ def agreement(student, teacher, prompts, n):
 
 
 # -----------------------------------------------------------------------------
-# Tasks made of the run's own held-out text, with no download. An item is one text or several, each
-# with a number n: its last n tokens, the ending, are to be found. Of one text, all of them must be
-# the model's first choice, as if it wrote them itself; of several the true ending, which stands
-# first, must be the likeliest per byte. Each task draws from a generator of its own.
+# Tasks made of the run's own validation text, with no download. An item is one text or several,
+# each with a number n: its last n tokens, the ending, are to be found. Of one text, all of them
+# must be the model's first choice, as if it wrote them itself; of several the true ending, which
+# stands first, must be the likeliest per byte. Each task draws from a generator of its own.
 
 class Task(NamedTuple):
     chance: float               # the score of a model that knows nothing
@@ -255,7 +255,7 @@ def local_tasks(run, n):
 
 
 def passages(run, n, length):
-    """n held-out texts of `length` tokens, none with an end of text in it: (n, length), or fewer"""
+    """n validation texts of `length` tokens, (n, length) or fewer, with no end of text in them"""
     windows = run.held_out(4 * n, length - 1)                           # (m, length)
     return windows[(windows != run.tokenizer.eot).all(1)][:n]
 
@@ -270,9 +270,9 @@ def last_words(run, n):
         if not found:
             continue
         before = run.tokenizer.encode(text[:found[-1].start()].rstrip(" "))
-        whole = run.tokenizer.encode(text[:found[-1].end()])
-        if before and whole[:len(before)] == before:    # else the word's tokens begin before it
-            items.append([(torch.tensor(whole), len(whole) - len(before))])
+        ids = run.tokenizer.encode(text[:found[-1].end()])
+        if before and ids[:len(before)] == before:      # else the word's tokens begin before it
+            items.append([(torch.tensor(ids), len(ids) - len(before))])
     return items[:n]
 
 
@@ -297,26 +297,27 @@ NAMES = ("river", "stone", "garden", "window", "morning", "paper", "silver", "fo
 
 
 def several_keys(tokenizer, m, n, length):
-    """As RULER: m names with a code of five digits each, among `length` tokens; asked for one"""
+    """As RULER: m names with a code of five digits each, among `length` tokens, and which is it?"""
     draw = random.Random(m)
     filler = tokenizer.encode(FILLER)
     items = []
     for _ in range(n):
         codes = {name: draw.randrange(10**4, 10**5) for name in draw.sample(NAMES, m)}
-        said = [tokenizer.encode(f"The code of the {name} is {code}. ")
-                for name, code in codes.items()]
-        gap = max(0, length - sum(map(len, said))) // m
-        between = (filler * (gap // len(filler) + 1))[:gap]
-        text = [token for one in said for token in one + between]
+        facts = [tokenizer.encode(f"The code of the {name} is {code}. ")
+                 for name, code in codes.items()]
+        gap = max(0, length - sum(map(len, facts))) // m
+        text = []
+        for fact in facts:
+            text += fact + (filler * (gap // len(filler) + 1))[:gap]
         name = draw.choice(list(codes))
-        asked = tokenizer.encode(f"The code of the {name} is")
+        question = tokenizer.encode(f"The code of the {name} is")
         answer = tokenizer.encode(f" {codes[name]}")
-        items.append([(torch.tensor(text + asked + answer), len(answer))])
+        items.append([(torch.tensor(text + question + answer), len(answer))])
     return items
 
 
 def copies(run, n):
-    """Random tokens of the held-out text, twice: 8, 16, 32 or 64. The first of the second time
+    """Random tokens of the validation text, twice: 8, 16, 32 or 64. The first of the second time
     cannot be known."""
     known = torch.unique(run.held_out(64, passage_length(run)))
     known = known[known != run.tokenizer.eot]
@@ -342,7 +343,8 @@ def score_endings(model, texts, device, tokens_at_once=2**12, bar=None):
     while order:
         longest = len(texts[order[0]][0])
         B = max(1, tokens_at_once // longest)
-        batch, order = order[:B], order[B:]
+        batch = order[:B]
+        order = order[B:]
         rows = [texts[i][0][:-1] for i in batch]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)     # (B, L)
         hidden = model.hidden(tokens)                                   # (B, L, D)
@@ -358,7 +360,7 @@ def score_endings(model, texts, device, tokens_at_once=2**12, bar=None):
 
 def task_scores(model, task, tokenizer, device, bar=None):
     """-> (items), the score of each, from 0 to 1"""
-    texts = [text for item in task.items for text in item]
+    texts = list(itertools.chain(*task.items))
     scores = iter(score_endings(model, texts, device, bar=bar))
     found = []
     for item in task.items:
@@ -376,10 +378,10 @@ def task_scores(model, task, tokenizer, device, bar=None):
 def show_tasks(run, n):
     """A row for each task: both models' scores, their standard errors, and their ratio"""
     tasks = local_tasks(run, n)
-    texts = [text for task in tasks.values() for item in task.items for text in item]
-    total = sum(len(tokens) for tokens, _ in texts)
-    print(f"\ntasks of held-out text: {sum(len(task.items) for task in tasks.values()):,} items, "
-          f"{total:,} tokens for each model to read, in fp32")
+    items = list(itertools.chain(*(task.items for task in tasks.values())))
+    total = sum(len(tokens) for tokens, _ in itertools.chain(*items))
+    print(f"\ntasks of validation text: {len(items):,} items, {total:,} tokens for each model to "
+          "read, in fp32")
     bar = progress_bar(None, "tasks", total * len(run.models()))
     rows = []
     for name, task in tasks.items():
@@ -461,7 +463,8 @@ def kl_from(student, i, u, counted, teacher, teacher_h):
     for layer in student.layers[i:]:
         u = layer(u)[0]                                                 # (B, L, D)
     h = student.backbone["final_layernorm"](u)[counted]                 # (T, D)
-    head, head_t = student.lm_head, teacher.model.lm_head
+    head = student.lm_head
+    head_t = teacher.model.lm_head
     kl, _ = distillation_loss(h, head.weight, teacher_h, head_t.weight, head.bias, head_t.bias)
     return kl.item()
 
@@ -903,7 +906,7 @@ class EvaluatedRun:
         print(f"student {self.stage} | {self.student.loaded}")
         name = flags.teacher or about["teacher"]
         # Layer i of a shallower student is compared with the teacher's layer that it learned from,
-        # its predictions with those of the whole teacher.
+        # its predictions with those of all the teacher's layers.
         self.teacher = Teacher.load(name, self.device).at(self.student.config.n_layer)
         if self.student.config.vocab_size != self.teacher.config.vocab_size:
             raise UsageError(
@@ -950,9 +953,9 @@ class EvaluatedRun:
         return open_data(args, self.tokenizer)[1]
 
     def held_out(self, n, length):
-        """n held-out windows (n, length + 1), or all there are, whatever --eval_tokens says"""
+        """n validation windows (n, length + 1), or all there are, whatever --eval_tokens says"""
         args = argparse.Namespace(**vars(self.args) | {"context": length})
-        if not args.stream:                 # a stream has held out no more than that
+        if not args.stream:                 # a stream leaves out no more than that
             args.eval_tokens = n * length
         return open_data(args, self.tokenizer)[1][:n]
 
@@ -1030,7 +1033,7 @@ def parse(arguments=None):
     add("--temperature", type=zero_or_temperature, default=0.7, help="0 is greedy [%(default)s]")
     add("--top_k", type=at_least_one, help="sample from so many likeliest tokens [all]")
     add("--seed", type=count, default=0, help="of the sampling [%(default)s]")
-    add("--tasks", choices=("local",), help="tasks made of held-out text, instead of the tables")
+    add("--tasks", choices=("local",), help="tasks made of validation text, instead of the tables")
     add("--items", type=at_least_one, default=200, help="of a task, about [%(default)s]")
     add("--speed", action="store_true", help="tokens/s and memory by context, instead")
     add("--random", metavar="NAME", help="with --speed: this architecture, random weights, no run")

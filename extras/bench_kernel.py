@@ -138,7 +138,8 @@ def distillation_cases(tokens, V, D, dtype, device):
     h, W, h_t, W_t = (torch.randn(*shape, D, generator=draw, device=device) / D**0.25
                       for shape in 2 * [(1, tokens), (V,)])
     leaves = [h.requires_grad_(), W.requires_grad_()]
-    h_t, W_t = h_t[0].to(dtype), W_t.to(dtype)
+    h_t = h_t[0].to(dtype)
+    W_t = W_t.to(dtype)
 
     def plain(h, W):
         log_p = (h_t @ W_t.mT).float().log_softmax(-1)                  # (tokens, V)
@@ -201,7 +202,8 @@ def measure(form, function, leaves, dy, least, want, device, copy_speed):
                              for got, g in zip(backward(y), want[1:], strict=True))
         most = 1e-3 if y.dtype == torch.float32 else 0.03
         if max(error, grad_error) > most:
-            form, why = f"{form} WRONG", f"error {error:.1e}, of its gradients {grad_error:.1e}"
+            form = f"{form} WRONG"
+            why = f"error {error:.1e}, of its gradients {grad_error:.1e}"
         backward_ms = milliseconds(lambda: backward(y), device)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()

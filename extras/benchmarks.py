@@ -65,11 +65,12 @@ def harness_model(model, tokenizer, window, limit=None):
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            prompts, length = self.prompts, self._max_length
+            prompts = self.prompts
             self._max_length = limit or window
             self.count([self._max_length], math.inf)    # for the size of its batches
             scores = super().loglikelihood_rolling(requests, disable_tqdm)
-            self.prompts, self._max_length = prompts, length    # its windows are no prompts
+            self._max_length = limit or NO_LIMIT
+            self.prompts = prompts                      # its windows are no prompts
             return scores
 
         def generate_until(self, requests, disable_tqdm=False):
