@@ -51,7 +51,7 @@ from prepare import (Parser, Tokenizer, at_least_one, count, nonempty, not_negat
 from ssd_kernel import distillation_loss
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. There and back again. "
-LOGITS_AT_ONCE = 2**23      # elements of a (tokens, V) tensor: 32 MB in fp32, but a window at least
+LOGITS_AT_ONCE = 2**23      # elements of a (tokens, V) tensor: 32 MB in fp32; in compare a window
 CONTEXTS = [2**n for n in range(9, 17)]     # 512 ... 65,536 tokens
 
 
@@ -235,13 +235,13 @@ def agreement(student, teacher, prompts, n):
 # stands first, must be the likeliest per byte. Each task draws from a generator of its own.
 
 class Task(NamedTuple):
-    chance: float               # the score of a model that knows nothing
+    chance: float               # of a guess among the endings, or of any code that the text has
     items: list                 # of [(tokens (L), n), ...]
     partly: bool = False        # the score is the share of an ending's tokens, not all or nothing
 
 
 def local_tasks(run, n):
-    """-> {name: Task} of about n items each"""
+    """-> {name: Task}: n items or fewer; n / 10 of each needle, n / 4 of several keys"""
     words = last_words(run, n)
     tasks = {"last word": Task(0.0, words), "continuation": Task(0.25, continuations(run, n))}
     for part in (8, 4, 2, 1, 0.25):
@@ -249,8 +249,9 @@ def local_tasks(run, n):
         keys = pass_keys(run.tokenizer, distance, max(1, n // 10), seed=2)
         tasks[f"needle, {distance:,} tokens back"] = Task(0.0, [[key] for key in keys])
     for m in (4, 8):
-        tasks[f"{m} keys"] = Task(1 / m, several_keys(run.tokenizer, m, n // 4, run.context // 2))
-    tasks["copy"] = Task(0.0, copies(run, n // 4), partly=True)
+        keys = several_keys(run.tokenizer, m, max(1, n // 4), run.context // 2)
+        tasks[f"{m} keys"] = Task(1 / m, keys)
+    tasks["copy"] = Task(0.0, copies(run, n), partly=True)
     return tasks
 
 
@@ -323,7 +324,7 @@ def copies(run, n):
     known = known[known != run.tokenizer.eot]
     generator = torch.Generator().manual_seed(0)
     items = []
-    for i in range(4 * n):
+    for i in range(n):
         length = (8, 16, 32, 64)[i % 4]
         ids = known[torch.randint(len(known), (length,), generator=generator)]      # (length)
         items.append([(torch.cat([ids, ids]), length - 1)])
@@ -424,7 +425,7 @@ def choose_attention(student, teacher, K, tokens, counted):
                          "numbers overflow")
     n = len(student.ssm_layers)
     trials = sum(range(n - K + 1, n + 1))               # n in the first round, then one fewer
-    # A trial runs the layers from its own on: half of them, on average.
+    # A trial runs the layers from its own on, half of them on average, and the head.
     seconds = trials * (time.perf_counter() - start) / 2
     print(f"attention | {K} of {n} SSM layers get it back: {trials:,} trials of "
           f"{tokens.numel():,} tokens, about {seconds:,.0f} s | KL without {before:.4f}")
@@ -472,9 +473,9 @@ def kl_from(student, i, u, counted, teacher, teacher_h):
 def texts_to_choose_by(score, tokens, tokenizer, context):
     """tokens (B, L) of training text -> tokens, counted, as choose_attention takes them
 
-    kl: this text, of which every fourth position counts: the head costs as much as half the layers
-    do. recall: pass keys, half a context apart, and what counts is the digits. (Seed 1:
-    show_retrieval measures on the keys of seed 0.)
+    kl: this text. To save time only every fourth position counts: at all of them the head would
+    take as long as the layers. recall: pass keys, half a context apart, and what counts is the
+    digits. (Seed 1: show_retrieval measures on the keys of seed 0.)
     """
     if score == "kl":
         counted = torch.zeros_like(tokens, dtype=torch.bool)
@@ -486,7 +487,8 @@ def texts_to_choose_by(score, tokens, tokenizer, context):
 
 
 def key_positions(texts):
-    """pass_keys' texts -> tokens (n, L), padded on the right; (n, L): True before a key's digit"""
+    """pass_keys' texts -> tokens (n, L), padded on the right; (n, L): True where a digit of the
+    second key is next"""
     tokens = torch.nn.utils.rnn.pad_sequence([text[:-1] for text, _ in texts], batch_first=True)
     counted = torch.zeros(tokens.shape, dtype=torch.bool)
     for row, (text, digits) in zip(counted, texts, strict=True):
@@ -621,7 +623,7 @@ def show_memory(run):
     print("\nwhat a model keeps of one text, in MB (fp32):")
     rows = []
     for context in CONTEXTS:
-        # All its layers, where a shallower student has fewer. The widths are the same in both.
+        # decoder.layers: all of the teacher's, not just those that a shallower student learned from
         cache_t = cache_bytes(run.student.config, len(run.teacher.decoder.layers), context)
         cache, state = memory_of_text(run.student, context)
         rows.append([f"{context:,}", *(f"{x / 1e6:,.2f}" for x in (cache_t, cache, state))])
@@ -953,9 +955,9 @@ class EvaluatedRun:
         return open_data(args, self.tokenizer)[1]
 
     def held_out(self, n, length):
-        """n validation windows (n, length + 1), or all there are, whatever --eval_tokens says"""
+        """n validation windows (n, length + 1), or all; of a stream at most --eval_tokens"""
         args = argparse.Namespace(**vars(self.args) | {"context": length})
-        if not args.stream:                 # a stream leaves out no more than that
+        if not args.stream:                 # only so many of its tokens are not for training
             args.eval_tokens = n * length
         return open_data(args, self.tokenizer)[1][:n]
 
