@@ -36,8 +36,6 @@ PAPER = {"winogrande": "acc", "arc_easy": "acc", "arc_challenge": "acc_norm", "p
 PUBLISHED = {"Phi-1.5 [2]": (73.4, 75.6, 48.0, 76.6, 62.6, 53.4),           # in %, zero-shot
              "Phi-Mamba [2]": (71.7, 74.0, 44.1, 75.5, 60.2, 50.1)}
 TOKENS_AT_ONCE = 2**14      # in a batch, padding included
-
-
 NO_LIMIT = 2**20            # tokens
 
 
