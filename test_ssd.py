@@ -63,6 +63,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, linear
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available() and __name__ != "__main__":
@@ -529,6 +530,174 @@ def test_autograd_and_the_compiler_see_through_the_operator():
     grads = (torch.autograd.grad(f(q, k, v, a).sum(), (q, k, v, a)) for f in (layer, compiled))
     for want, got in zip(*grads, strict=True):
         assert rel(got, want) < 1e-6
+
+
+class Saved:
+    """What autograd hands from a forward to its backward"""
+    needs_input_grad = (True,) * 12
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *_):
+        pass
+
+
+class Launch:
+    """Stands for a kernel: nothing runs. Every tensor it is given must be whole, and on the GPU."""
+    launched = 0                            # how many, by all of them
+
+    def __getitem__(self, grid):
+        def call(*args, **flags):
+            for x in args:
+                if isinstance(x, torch.Tensor):
+                    assert x.device.type == PRETENDED and x.is_contiguous()
+            Launch.launched += 1
+        return call
+
+
+# torch without CUDA has no fake tensors on "cuda". Those on "meta" do not mix with tensors of the
+# CPU either, but autocast does not know them.
+PRETENDED = "cuda" if torch.backends.cuda.is_built() else "meta"
+AUTOCAST = torch.autocast
+
+
+def pretended_autocast(device, dtype=torch.bfloat16, enabled=True):
+    return AUTOCAST("cpu" if device == "meta" else device, dtype, enabled)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """In it tensors of torch's FakeTensorMode say that they are on a GPU: they have no numbers, and
+    one beside a tensor of the CPU is an error. autograd's engine would ask for a driver, so that
+    nothing here needs a gradient: a test calls the backward itself."""
+    monkeypatch.setattr(torch, "autocast", pretended_autocast)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda _: types.SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(Launch, "launched", 0)
+    for name in ("piece", "forward", "backward", "step", "orientation", "softmax_gap"):
+        monkeypatch.setattr(ssd_kernel, f"{name}_kernel", Launch())
+    with FakeTensorMode(), torch.device(PRETENDED), torch.no_grad():
+        yield
+
+
+def check_gradients(gradients, inputs):
+    """As autograd wants them: each has the shape, the device and the dtype of its input"""
+    got, want = ([(x.shape, x.device, x.dtype) for x in tensors] for tensors in (gradients, inputs))
+    assert got == want
+
+
+GRADIENTS = {}
+
+
+def gradient_of(backward):
+    """Decorates a case of the next test: it returns gradients, and what they are of"""
+    GRADIENTS[backward.__name__] = backward
+    return backward
+
+
+def operands(dtype, L=130, H=4, G=2, N=64, P=64):
+    """q, k, v in `dtype`; a and S in fp32"""
+    q, k = (torch.empty(2, L, G, N, dtype=dtype) for _ in range(2))
+    v = torch.empty(2, L, H, P, dtype=dtype)
+    return q, k, v, torch.empty(2, L, H), torch.empty(2, H, N, P)
+
+
+@gradient_of
+def ssd_in_triton(dtype):
+    *inputs, S = operands(dtype, L=1024)                    # long enough to be cut in pieces
+    saved, cu = Saved(), torch.empty(2, dtype=torch.int32)
+    inputs = [*inputs, S[:, None]]
+    y, S1, states = ssd_kernel.ssd_op._init_fn(*inputs, cu, True, 4)    # what a GPU runs, no fake
+    ssd_kernel.save_for_backward(saved, (*inputs, cu, True, 4), (y, S1, states))
+    check_gradients(ssd_kernel.ssd_derivative(saved, y, S1, None)[:5], inputs)  # as they are faked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssd_kernel, "ssd_backward_op", ssd_kernel.ssd_backward_op._init_fn)
+        gradients = ssd_kernel.ssd_derivative(saved, y, S1, None)[:5]
+    assert Launch.launched == 4                             # each way: the pieces, then the kernel
+    return gradients, inputs
+
+
+@gradient_of
+def ssd_in_chunks(dtype):
+    inputs, saved = operands(dtype), Saved()
+    inputs = [x.repeat_interleave(2, 2) if x.shape[2] == 2 else x for x in inputs]  # G = H
+    inputs = [x[:, :128] if x.shape[1] == 130 else x for x in inputs]               # whole chunks
+    y, S1 = ssd_kernel.Chunked.forward(saved, *inputs, 64)
+    return ssd_kernel.Chunked.backward(saved, y, S1)[:5], inputs
+
+
+@gradient_of
+def product_outside_autocast(dtype):
+    x, y, saved = torch.empty(3, 4, 5, dtype=dtype), torch.empty(3, 5, 6, dtype=dtype), Saved()
+    z = ssd_kernel.Product.forward(saved, x, y)
+    return ssd_kernel.Product.backward(saved, z), (x, y)
+
+
+def orientation_of(dtype, use_triton):
+    q_t, k_t, *_ = operands(torch.bfloat16)                 # the teacher is in bf16
+    q, k, _, a, _ = operands(dtype)
+    inputs, saved = (q, k, a, torch.empty(4)), Saved()
+    call = (q_t.repeat_interleave(2, 2), k_t, 0.125, 130, *inputs, use_triton)
+    check_gradients(ssd_kernel.orientation_op._init_fn(*call), ssd_kernel.orientation_op(*call))
+    loss, size = ssd_kernel.OrientationLoss.forward(saved, *call)
+    return ssd_kernel.OrientationLoss.backward(saved, loss, size)[4:8], inputs
+
+
+@gradient_of
+def orientation_in_triton(dtype):
+    return orientation_of(dtype, True)
+
+
+@gradient_of
+def orientation_in_blocks(dtype):
+    return orientation_of(dtype, False)
+
+
+def distillation_of(dtype, softmax_gap):
+    h, W, b = torch.empty(9, 16, dtype=dtype), torch.empty(64, 16), torch.empty(64)
+    teacher = [torch.empty(9, 8, dtype=torch.bfloat16), torch.empty(64, 8, dtype=torch.bfloat16)]
+    saved, weights = Saved(), torch.empty(9)
+    outputs = ssd_kernel.DistillationLoss.forward(
+        saved, h, W, b, *teacher, None, torch.empty(9, dtype=torch.int64), weights, 2.0, dtype,
+        softmax_gap)
+    assert {x.dtype for x in outputs} == {torch.float32}
+    gradients = ssd_kernel.DistillationLoss.backward(saved, *outputs)[:3]
+    # autograd rounds dh, which is in fp32, to h's dtype
+    return [gradients[0].to(dtype), *gradients[1:]], (h, W, b)
+
+
+@gradient_of
+def distillation_in_triton(dtype):
+    return distillation_of(dtype, ssd_kernel.softmax_gap_triton)
+
+
+@gradient_of
+def distillation_in_torch(dtype):
+    return distillation_of(dtype, ssd_kernel.softmax_gap_torch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_stay_on_the_gpu_in_the_dtype_of_their_input(pretended_gpu, name, dtype):
+    with torch.autocast(PRETENDED, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        check_gradients(*GRADIENTS[name](dtype))
+    if "triton" in name:
+        assert Launch.launched
+
+
+def test_a_tensor_left_on_the_cpu_is_noticed(pretended_gpu, monkeypatch):
+    """By the fixture above: the tests that use it can fail."""
+    real = ssd_kernel.decay_matrix
+    monkeypatch.setattr(ssd_kernel, "decay_matrix", lambda a: real(a) + torch.ones(1, device="cpu"))
+    with pytest.raises(RuntimeError, match="at least two devices|different devices"):
+        ssd_in_chunks(torch.float32)
+    with pytest.raises(AssertionError):
+        ssd_kernel.forward_kernel[1, 1, 1](torch.empty(1, device="cpu"))
 
 
 def test_what_the_kernels_cannot_take_is_refused_or_left_to_the_chunked_form():
