@@ -1333,14 +1333,28 @@ def softmax_gap_triton(z, z_t, T, scale, next_token, weights, dz):
     """The same in one kernel: it reads z and z_t twice, and of the maps writes only dz"""
     if z.dtype != torch.float32:
         raise ValueError(f"there is no Triton kernel for {z.dtype}: backend 'torch' takes it")
+    elsewhere = None if dz is z else dz         # an operator's tensors may not share memory
+    return softmax_gap_op(z, z_t, T, scale, next_token, weights, elsewhere, dz is not None)
+
+
+@torch.library.custom_op("mohawk::softmax_gap", mutates_args=("z", "dz"), schema="(Tensor(a!) z, "
+                         "Tensor z_t, float T, float scale, Tensor? next_token, Tensor? weights, "
+                         "Tensor(b!)? dz, bool gradient) -> Tensor")
+def softmax_gap_op(z, z_t, T, scale, next_token, weights, dz, gradient):
+    """With `gradient`, where dz is None, z is overwritten with it."""
     n, V = z.shape
     block, warps = SOFTMAX_TILE
-    sums = z.new_zeros(3, n)
+    sums = softmax_gap_sums(z)
     with torch.cuda.device_of(z):
         softmax_gap_kernel[(n,)](
             z, z_t, next_token, weights, z if dz is None else dz, sums, n, V, T, scale, block,
-            weights is not None, dz is not None, num_warps=warps)
+            weights is not None, gradient, num_warps=warps)
     return sums
+
+
+@softmax_gap_op.register_fake
+def softmax_gap_sums(z, *_):
+    return z.new_zeros(3, len(z))
 
 
 SOFTMAX_GAPS = {"torch": softmax_gap_torch, "triton": softmax_gap_triton}

@@ -673,7 +673,11 @@ def distillation_of(dtype, softmax_gap):
 
 @gradient_of
 def distillation_in_triton(dtype):
-    return distillation_of(dtype, ssd_kernel.softmax_gap_triton)
+    fake = distillation_of(dtype, ssd_kernel.softmax_gap_triton)
+    check_gradients(*fake)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssd_kernel, "softmax_gap_op", ssd_kernel.softmax_gap_op._init_fn)
+        return distillation_of(dtype, ssd_kernel.softmax_gap_triton)
 
 
 @gradient_of
@@ -1018,6 +1022,10 @@ def test_the_softmax_kernel_is_plain_torch(V, T, hard):
         if dz_in:
             assert rel(dz, exact) < (2**-7 if dz_in == torch.bfloat16 else 1e-5)
         assert dz is z_c or torch.equal(z_c, z)
+        if V == 2:
+            elsewhere = None if dz is z_c else dz
+            torch.library.opcheck(ssd_kernel.softmax_gap_op, (
+                z_c, z_t.to(dtype_t), T, 0.3, *more, elsewhere, dz is not None))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")     # NumPy's, of the interpreter
