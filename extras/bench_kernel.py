@@ -68,6 +68,14 @@ def fla(q, k, v, a):
     return chunk_simple_gla(q, k, v, g=a, scale=1.0)[0]
 
 
+def helion(q, k, v, a):
+    """helion's Simple GLA. The package lacks it: clone pytorch/helion and set PYTHONPATH to that.
+    It looks for a configuration first, minutes for each shape."""
+    from examples.fla.simple_gla.chunk import chunk_simple_gla
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))                   # (B, H, L, .)
+    return chunk_simple_gla(q, k, v, a, scale=1.0).transpose(1, 2)
+
+
 def mlstm(q, k, v, a):
     """xLSTM's kernels with a sigmoid input gate, here open. They scale q by 1 / sqrt(N), and their
     forget gate's logit f has log sigmoid(f) = a."""
@@ -83,7 +91,7 @@ def mlstm(q, k, v, a):
 
 FORMS = {"naive": ssd_naive, "chunked": ssd_chunked, "triton": ssd_triton,
          "attention, flash": flash_attention, "mamba_ssm": mamba_ssm, "its minimal": minimal,
-         "fla": fla, "mlstm, siging": mlstm}
+         "fla": fla, "helion": helion, "mlstm, siging": mlstm}
 
 
 # -----------------------------------------------------------------------------
