@@ -1,7 +1,7 @@
 """SSD, the losses of stages 1 and 3, the convolution, and peers of them, timed on this machine.
 
 Run:  python -m extras.bench_kernel                 # anywhere; the figures that matter need a GPU
-      python -m extras.bench_kernel --lengths 512 2048 --json kernels.json
+      python -m extras.bench_kernel --lengths 512 2048 --forms chunked attention --json kernels.json
 
     forward, backward, both    ms
     least GB                   the bytes that forward and backward must at least read and write
@@ -68,6 +68,12 @@ def fla(q, k, v, a):
     return chunk_simple_gla(q, k, v, g=a, scale=1.0)[0]
 
 
+def fla_naive(q, k, v, a):
+    """The same in plain PyTorch, chunk by chunk."""
+    from fla.ops.simple_gla.naive import naive_chunk_simple_gla
+    return naive_chunk_simple_gla(q, k, v, a, scale=1.0)[0].to(v.dtype)
+
+
 def helion(q, k, v, a):
     """helion's Simple GLA. The package lacks it: clone pytorch/helion and set PYTHONPATH to that.
     It looks for a configuration first, minutes for each shape."""
@@ -90,8 +96,8 @@ def mlstm(q, k, v, a):
 
 
 FORMS = {"naive": ssd_naive, "chunked": ssd_chunked, "triton": ssd_triton,
-         "attention, flash": flash_attention, "mamba_ssm": mamba_ssm, "its minimal": minimal,
-         "fla": fla, "helion": helion, "mlstm, siging": mlstm}
+         "attention": flash_attention, "mamba_ssm": mamba_ssm, "its minimal": minimal,
+         "fla": fla, "fla, naive": fla_naive, "helion": helion, "mlstm, siging": mlstm}
 
 
 # -----------------------------------------------------------------------------
@@ -106,7 +112,7 @@ def example(L, B, H, P, dtype, device):
     return [x.requires_grad_() for x in leaves], dy.to(dtype)
 
 
-def ssd_cases(lengths, tokens, H, dtype, device):
+def ssd_cases(lengths, tokens, H, dtype, device, forms):
     for L in lengths:
         leaves, dy = example(L, max(1, tokens // L), H, 64, dtype, device)
         # Two heads of one row, since fp64 is slow on a GPU.
@@ -115,7 +121,8 @@ def ssd_cases(lengths, tokens, H, dtype, device):
         want = y.detach(), *torch.autograd.grad(y, few, dy[:1, :, :2].double())
         # forward: q k v a -> y    backward: q k v a dy -> dq dk dv da    (a and da are smaller)
         least = 11 * dy.nbytes + 3 * leaves[3].nbytes
-        for form, function in FORMS.items():
+        for form in forms:
+            function = FORMS[form]
             if form == "naive" and L > 4096:        # (L, L) matrices: too large
                 continue
             expected = None if function is flash_attention else want
@@ -263,6 +270,8 @@ def main(arguments=None):
     parser.add_argument("--json", help="also write what was measured to this file")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens in a row [512 ... 65536]")
     parser.add_argument("--tokens", type=int, help="tokens in all [16,384 on a GPU, else 4,096]")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), metavar="FORM",
+                        help=f"of SSD: {', '.join(FORMS)} [all]")
     parser.add_argument("--vocabulary", type=int, help="of the distillation loss [51,200; 4,096]")
     parser.add_argument("--orientation_lengths", type=int, nargs="+", default=[512, 1024, 2048])
     args = parser.parse_args(arguments)
@@ -281,7 +290,7 @@ def main(arguments=None):
     tokens = args.tokens or tokens
     lengths = args.lengths or [2**n for n in range(9, 17)]
     V, D = (args.vocabulary or 51200, 2048) if device == "cuda" else (args.vocabulary or 4096, 256)
-    tables = {"SSD": ssd_cases(lengths, tokens, H, dtype, device),
+    tables = {"SSD": ssd_cases(lengths, tokens, H, dtype, device, args.forms),
               "SSD, one row in pieces": piece_cases(lengths, H, dtype, device),
               "orientation loss": orientation_cases(args.orientation_lengths, tokens, H, dtype,
                                                     device),
