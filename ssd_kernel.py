@@ -1069,8 +1069,8 @@ def orientation_triton(q_t, k_t, scale, window, q, k, a, D):
 def orientation_tiles(N, N_t, fp32, arch):
     """-> tile, warps, pipeline stages: chosen like `configuration`, so that nothing spills"""
     widest = max(N, N_t)
-    if arch == 90 and widest <= 64 and not fp32:
-        return 64, 4, 1
+    if arch <= 90 and widest <= 64 and not fp32:
+        return (64, 4, 1) if arch == 90 else (32, 4, 2)
     return 16 if fp32 else 32, 8 if widest > 64 or fp32 and widest == 16 else 4, 1
 
 

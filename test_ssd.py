@@ -741,7 +741,8 @@ def test_offsets_beyond_32_bits_are_right():
 
 # Ahead of time, with no GPU: every configuration must fit. What ptxas says is read from the binary.
 COMPILED = ((16, 16), (16, 128), (32, 64), (64, 64), (128, 16), (128, 128))     # N, P
-FP32 = ("a", "S0", "S1", "writes", "fades", "dS1", "dS0", "da", "D", "lse", "dA", "sums", "weights")
+FP32 = ("a", "S0", "S1", "writes", "fades", "dS1", "dS0", "da", "D", "lse", "dx", "dA", "sums",
+        "weights")
 
 
 def compiled_ahead(job):
