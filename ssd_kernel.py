@@ -532,13 +532,14 @@ def backward_kernel(q, k, v, a, cu, states, dy, dS1, writes, fades, dq, dk, dv, 
     for c in range(chunks):
         t = lo + (chunks - 1 - c) * Q
         inside = t + i < hi
-        A, total = decays(a, row + t, inside, H, h, Q)
+        last = (t - start) // STATE_EVERY
+        stored_S = tl.load(state_at(states, (stored + last) * H + h, N, P))
+        A, total = decays(a, row + t, inside, H, h, Q)      # loads of a and S: one wait for both
         decay_in = tl.exp2(A)[:, None]
         decay_out = tl.exp2(total - A)[:, None]
 
         # S_in: from the last stored state up
-        last = (t - start) // STATE_EVERY
-        S = tl.load(state_at(states, (stored + last) * H + h, N, P)).to(tl.float32)
+        S = stored_S.to(tl.float32)
         for s in range(start + last * STATE_EVERY, t, Q):       # whole chunks: s + i < t holds
             A_s, total_s = decays(a, row + s, s + i < t, H, h, Q)
             k_s = read(k, row + s, s + i < t, G, g, Q, N)
@@ -575,7 +576,6 @@ def backward_kernel(q, k, v, a, cu, states, dy, dS1, writes, fades, dq, dk, dv, 
         da_c = tl.cumsum(from_t_on, 0, reverse=True) + tl.cumsum(da_out, 0) - da_out + da_through
         tl.store(da + (row + t) * H + h + i * H, da_c, mask=inside)
 
-        q_c = read(q, row + t, inside, G, g, Q, N)      # again: to keep it takes registers
         dS = advance(dS, q_c, dy_c, A, total, FP32)
     if piece == 0:
         tl.store(state_at(dS0, state, N, P), dS)
@@ -602,9 +602,12 @@ def configuration(N, P, dtype, arch):
 
     Chosen so that no kernel spills, that is runs out of registers and uses memory instead: `python
     test_ssd.py 90` prints what each takes on sm_90. S (N, columns) stays in registers: it has at
-    most 4,096 numbers, 32 for each thread of 4 warps, and a thread has room for 255 in all. fp32
-    needs short chunks besides, because `decays` does not split its running sum into W and A: 16
-    resets, which floored makes -112 each, add up to 16 * 112 / ln 2 = 2,600, where fp32 has four
+    most 4,096 numbers, 32 for each thread of 4 warps, and a thread has room for 255 in all. Of 4
+    warps two programs fit on a multiprocessor, of 8 only one. And a warp takes 16 rows of a
+    product: in a chunk of 32, eight warps would compute some products twice.
+
+    fp32 needs short chunks besides, because `decays` does not split its running sum into W and A:
+    16 resets, which floored makes -112 each, add up to 16 * 112 / ln 2 = 2,600, where fp32 has four
     decimals left. bf16 and fp16 take chunks of up to 64: three decimals are left, and the inputs
     have no more.
     """
@@ -613,10 +616,13 @@ def configuration(N, P, dtype, arch):
         tiles = 16, warps, 1
         return min(P, 2048 // N, 32), tiles, tiles
     if arch < 90:
-        return min(P, 2048 // N, 64), (64, 8, 1), (16, 8, 1)
+        columns = min(P, 2048 // N, 64)
+        if N > 64:
+            return columns, (64, 8, 1), (16, 4, 1)
+        return columns, (64, 4, 1), (32, 4, 1)
     if N > 64:
-        return 16, (64, 4, 1), (32, 8, 1)
-    return min(P, 64), (64, 4, 2), (32, 8, 1)
+        return min(P, 32), (64, 4, 1), (32, 4, 1)
+    return min(P, 64), (64, 4, 2), (32, 4, 1)
 
 
 SIZES = (16, 32, 64, 128)               # of N and P, that the kernels take
