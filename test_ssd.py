@@ -743,11 +743,12 @@ def test_offsets_beyond_32_bits_are_right():
 COMPILED = ((16, 16), (16, 128), (32, 64), (64, 64), (128, 16), (128, 128))     # N, P
 FP32 = ("a", "S0", "S1", "writes", "fades", "dS1", "dS0", "da", "D", "lse", "dx", "dA", "sums",
         "weights")
+MODEL = ["resident", "work", "bytes", "math", "issue", "chain", "model"]    # extras/binaries.py
 
 
 def compiled_ahead(job):
     """(architecture, dtype, N, P) -> [[kernel, columns, chunk, warps, stages, registers, spill in
-    bytes, shared bytes]]"""
+    bytes, shared bytes, and where there are extras, what MODEL names]]"""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver
@@ -759,16 +760,16 @@ def compiled_ahead(job):
                 STATE_EVERY=ssd_kernel.STATE_EVERY)
     look = dict(H=32, GX=32, GZ=32, G=32, N=N, N_T=P, FP32=dtype == "fp32", FP32_T=dtype == "fp32")
     kernels = [("forward", forward, walk | {"STORE": True}), ("backward", backward, walk),
-               ("piece", forward, walk | {"BACKWARD": False}),
-               ("piece", backward, walk | {"BACKWARD": True}),
-               ("orientation", tiles, look | {"ROWS": True}),
-               ("orientation", tiles, look | {"ROWS": False})]
+               ("piece-forward", forward, walk | {"BACKWARD": False}),
+               ("piece-backward", backward, walk | {"BACKWARD": True}),
+               ("orientation-rows", tiles, look | {"ROWS": True}),
+               ("orientation-columns", tiles, look | {"ROWS": False})]
     block, softmax_warps = ssd_kernel.SOFTMAX_TILE
     if (N, P) == COMPILED[0]:           # it has neither N nor P
         kernels.append(("softmax_gap", (block, softmax_warps, 1), dict(HARD=True, GRADIENT=True)))
     tools, rows = Path(driver.__file__).parent / "bin", []
     for name, (Q, warps, stages), constants in kernels:
-        kernel = getattr(ssd_kernel, f"{name}_kernel")
+        kernel = getattr(ssd_kernel, name.partition("-")[0] + "_kernel")
         constants = constants | {"BLOCK" if name == "softmax_gap" else "Q": Q}
         types, aligned = {}, {}
         for n, x in enumerate(kernel.arg_names):
@@ -792,17 +793,29 @@ def compiled_ahead(job):
             usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file.name],
                                    capture_output=True, text=True, check=True).stdout
         registers, spill = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-        rows.append([name, W, Q, warps, stages, registers, spill, binary.metadata.shared])
+        shared = binary.metadata.shared
+        rows.append([name, W, Q, warps, stages, registers, spill, shared])
+        if (HERE / "extras").is_dir():
+            from extras.binaries import disassemble, model
+            sass = disassemble(binary.asm["cubin"], tools)
+            rows[-1] += model(sass, arch, name, torch_dtype.itemsize, N, P, W, Q, warps, registers,
+                              shared, getattr(binary.metadata, "tmem_size", 0))
     return rows
 
 
 def print_the_table(arch):
     jobs = [(arch, dtype, N, P) for dtype in ("bf16", "fp32") for N, P in COMPILED]
-    print("arch dtype    N    P kernel      columns chunk warps stages registers spill   shared")
+    names = MODEL if (HERE / "extras").is_dir() else []
+    if names:
+        print("from bytes on in us: a model, not a measurement, see extras/binaries.py")
+    print("arch dtype    N    P kernel               columns chunk warps stages registers spill "
+          "  shared", "".join(f"{name:>9}" for name in names), sep="")
     with concurrent.futures.ProcessPoolExecutor(2) as pool:
         for job, rows in zip(jobs, pool.map(compiled_ahead, jobs), strict=True):
             for row in rows:
-                print("{:4} {} {:4} {:4} {:12}{:8}{:6}{:6}{:7}{:10}{:6}{:9}".format(*job, *row))
+                print("{:4} {} {:4} {:4} {:21}{:8}{:6}{:6}{:7}{:10}{:6}{:9}".format(*job, *row[:8]),
+                      "".join(f"{x:9}" for x in row[8:9]),
+                      "".join(f"{x:9.2f}" for x in row[9:]), sep="")
 
 
 @pytest.mark.skipif(ssd_kernel.triton is None, reason="Triton is not installed")
@@ -813,12 +826,33 @@ def test_every_configuration_compiles_ahead_of_time_and_fits(arch, start):
         pytest.skip(f"the compiler of Triton {triton.__version__} crashes on sm_100")
     _, table, said = start(__file__, arch).wait()
     print(table, said)
-    rows = [line.split() for line in table.splitlines()[1:]]
+    rows = [line.split() for line in table.splitlines() if line.split()[0] == str(arch)]
     assert len(rows) == 2 * (len(COMPILED) * 6 + 1), said[-2000:]
     for row in rows:
-        *_, registers, spill, shared = map(int, row[5:])
+        registers, spill, shared = map(int, row[9:12])
         assert registers <= 255 and spill == 0, row
         assert shared <= (99 if arch == 80 else 227) * 1024, row
+        if (HERE / "extras").is_dir():
+            the_model_counts_what_the_formulas_need(row)
+
+
+def the_model_counts_what_the_formulas_need(row):
+    """Of a row of the table: FLOP counted in the binary, as a multiple of the formulas', and times
+
+    A warp takes 16 rows of a tensor-core product. Where a tile has fewer rows than all warps take,
+    warps repeat each other's products: each product at most once for each warp.
+    """
+    dtype, N, kernel, chunk, warps = row[1], int(row[2]), row[4], int(row[6]), int(row[7])
+    resident, (work, *times) = int(row[12]), map(float, row[13:])
+    assert resident >= 1 and min(times) > 0 and max(times) == times[-1], row
+    if kernel == "softmax_gap":                     # no product
+        assert work == 0, row
+    elif dtype == "fp32":                           # one product's FFMA, and a few besides
+        assert 1 <= work <= 1.15, row
+    elif chunk == 16 * warps and N >= 64:
+        assert work == 1, row
+    else:
+        assert 1 <= work <= warps, row
 
 
 # -----------------------------------------------------------------------------

@@ -64,6 +64,7 @@ import prepare
 from extras import (
     bench_kernel,
     benchmarks,
+    binaries,
     cost,
     export,
     grid,
@@ -1700,6 +1701,65 @@ def test_an_export_that_is_stopped_at_any_change_of_a_file_leaves_nothing_behind
             outcomes.append((f"{name} of {changes}, again", RECOVERED if (got, left) == (want, [])
                              else f"left {left}, {got.keys() ^ want.keys()}"))
     show("exports", outcomes)
+
+
+LOOP = """
+.L_x_0:
+        /*0010*/                   LDG.E R4, desc[UR4][R2.64] ;
+        /*0020*/                   IADD3 R2, P1, R2, 0x4, RZ ;
+        /*0030*/                   MUFU.EX2 R5, R4 ;
+        /*0040*/                   MUFU.EX2 R6, R8.reuse ;
+        /*0050*/                   FADD R7, R5, -R6 ;
+        /*0060*/                   STS [R9+0x10], R7 ;
+.L_x_1:
+        /*0070*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [UR11], R13 ;
+        /*0080*/              @!P3 BRA `(.L_x_1) ;
+        /*0090*/               @P1 BRA `(.L_x_0) ;
+        /*00a0*/                   EXIT ;
+        /*00b0*/                   BRA `(.L_x_0) ;
+"""
+
+
+def test_the_longest_chain_of_a_loop_is_found_in_its_assembly():
+    body, = binaries.loops(*binaries.instructions(LOOP))        # the wait is no loop that loads
+    assert [x.name.split(".")[0] for x in body] == ["LDG", "IADD3", "MUFU", "MUFU", "FADD", "STS",
+                                                    "SYNCS", "BRA", "BRA"]
+    # LDG starts at 1, its MUFU a load later, the other MUFU a clock later. FADD waits for that one,
+    # STS for FADD. SYNCS starts a clock later, its branch waits for P3, and the last follows.
+    waits = sum(binaries.latency(name) for name in ("MUFU", "FADD"))
+    rest = 1 + binaries.latency("SYNCS") + 1
+    assert binaries.chain_cycles(body) == 1 + binaries.latency("LDG") + 1 + waits + rest
+    alone = [x for x in body if x.name != "LDG.E"]              # R4 is there from the start
+    assert binaries.chain_cycles(alone) == 1 + 1 + 1 + waits + rest
+
+
+@pytest.mark.parametrize("line, reads, writes", [
+    ("@P0 IADD3 R70, P4, P5, R17, UR35, -R70", "P0 R17 UR35 R70", "R70 P4 P5"),
+    ("ISETP.GE.AND P5, PT, R24, UR30, PT", "R24 UR30", "P5"),
+    ("SHFL.UP PT, R27, R183, 0x1, RZ", "R183", "R27"),
+    ("IMAD.WIDE.U32 R2, R9.reuse, 0x2, R4", "R9 R4 R5", "R2 R3"),
+    ("STS.64 [R3+UR8], R8", "R3 UR8 R8 R9", ""),
+    ("LDSM.16.MT88.4 R8, [R3]", "R3", "R8 R9 R10 R11"),
+    ("HMMA.16816.F32.BF16 R4, R8, R12, RZ", "R8 R9 R10 R11 R12 R13", "R4 R5 R6 R7"),
+    ("HGMMA.64x8x16.F32.BF16 R4, gdesc[UR4], R4", "UR4 UR5 R4 R5 R6 R7", "R4 R5 R6 R7 mma"),
+    ("WARPGROUP.DEPBAR.LE gsb0, 0x0", "mma", "")])
+def test_what_an_instruction_reads_and_writes(line, reads, writes):
+    (x,), _ = binaries.instructions(f"        /*0010*/   {line} ;")
+    assert binaries.reads_and_writes(x) == (reads.split(), writes.split())
+
+
+def test_programs_on_a_multiprocessor_and_their_products():
+    assert binaries.resident_programs(90, 8, 212, 20_480, 0) == 1       # 55,296 registers each
+    assert binaries.resident_programs(90, 4, 228, 18_432, 0) == 2
+    assert binaries.resident_programs(80, 4, 32, 82_000, 0) == 2        # 164 KB
+    assert binaries.resident_programs(100, 4, 32, 1_024, 256) == 2
+    lines = ["UMOV UR5, 0x4100490", "UTCHMMA gdesc[UR2], gdesc[UR4], tmem[UR6], tmem[UR8], "
+             "idesc[UR5], UPT", "HMMA.16816.F32.BF16 R4, R8, R12, R4",
+             "HGMMA.64x32x16.F32.BF16 R4, gdesc[UR4], R4", "FFMA R4, R5, R6, R7"]
+    code = [binaries.instructions(f"        /*0010*/   {line} ;")[0] for line in lines]
+    of_8_warps = [binaries.tensor_flop(body, 8) for body in (code[0] + code[1], *code[2:])]
+    assert of_8_warps == [2 * 64 * 64 * 16, 8 * 2 * 16 * 8 * 16, 2 * 2 * 64 * 32 * 16, 0]
+    assert binaries.fp32_flop(code[4], 8) == 2 * 32 * 8
 
 
 def test_two_studies_at_once_on_a_fresh_clone_end_with_one_table(tmp_path, monkeypatch, small_tiny):
