@@ -600,11 +600,11 @@ def step_kernel(q, k, v, a, S, y, S1, H: tl.constexpr, G: tl.constexpr, N: tl.co
 def configuration(N, P, dtype, arch):
     """-> columns of v per program; (chunk, warps, pipeline stages) of forward and of backward
 
-    Chosen so that no kernel spills, that is runs out of registers and uses memory instead: `python
-    test_ssd.py 90` prints what each takes on sm_90. S (N, columns) stays in registers: it has at
-    most 4,096 numbers, 32 for each thread of 4 warps, and a thread has room for 255 in all. Of 4
-    warps two programs fit on a multiprocessor, of 8 only one. And a warp takes 16 rows of a
-    product: in a chunk of 32, eight warps would compute some products twice.
+    Chosen so that with Triton 3.7 or newer no kernel spills, that is runs out of registers and uses
+    memory instead: `python test_ssd.py 90` prints what each takes on sm_90. S (N, columns) stays in
+    registers: it has at most 4,096 numbers, 32 for each thread of 4 warps, and a thread has room
+    for 255 in all. Of 4 warps two programs fit on a multiprocessor, of 8 only one. And a warp takes
+    16 rows of a product: in a chunk of 32, eight warps would compute some products twice.
 
     fp32 needs short chunks besides, because `decays` does not split its running sum into W and A:
     16 resets, which floored makes -112 each, add up to 16 * 112 / ln 2 = 2,600, where fp32 has four
