@@ -4,22 +4,30 @@ Run:  python test_ssd.py 90     # registers, spill and shared bytes of each kern
 
     resident   programs that a multiprocessor holds at once
     work       FLOP of the tensor cores (in fp32: of FFMA), counted in the binary, as a multiple of
-               what the formulas need. Beyond 1 warps repeat each other's products, because a tile
-               has fewer rows than they take, 16 for each warp. softmax_gap has no product: 0.
-    bytes      us to move what must be read and written, at the bandwidth of the datasheet
-    math       us for that FLOP, at the peak of the datasheet
+               what the formulas need. Above 1, warps repeat each other's products, because a
+               tile has fewer rows than they take, 16 for each warp. softmax_gap has no product: 0
+    bytes      us to move what is read and written, at the bandwidth of the datasheet
+    math       us for that FLOP, at the peak of the datasheet; without products, for FFMA's
     issue      us to start the instructions of the loops: a multiprocessor starts four a clock
     chain      us that one warp needs for them if it waits for nothing but its own results, times
                the rounds in which the programs have their turn
     model      us, the largest of the four
 
-Each of the four is a bound from below. A kernel takes longer where they do not overlap, or where it
-waits for what the model leaves out: warps that wait for each other, bank conflicts, what is outside
-the loops, and caches. It is there so that a first measured time can be held against it, and so that
-two configurations can be compared without a GPU.
+bytes and math are bounds from below; issue and chain are estimates of such. A kernel takes longer
+where they do not overlap, or where it waits for what the model leaves out: warps that wait for each
+other, bank conflicts, what is outside the loops, and caches. It is there so that a first measured
+time can be held against it, and so that two configurations can be compared without a GPU.
 
-All at B 8, L 2048, H = G = 32, a program for each head of a document; softmax_gap: 16,384 tokens of
-V 51,200. What several programs read, such as the q and k of a head that is split, counts once.
+The names are those of ssd_kernel.py. A head has a state of N rows and P columns; a program takes
+`columns` of them, for one head of one document, and Q tokens in each trip of its loop. All at B 8
+documents of L 2048 tokens, H 32 heads, each with its own q and k. The kernels:
+
+    forward, backward    y, and the gradients of q, k, v and a
+    piece-*              if documents are cut in pieces: what a piece adds to the state, or to the
+                         state's gradient
+    orientation-*        stage 1's loss, the student's matrix against the teacher's, whose heads are
+                         P wide: -rows makes dq, -columns dk. A program for each tile of Q tokens
+    softmax_gap          stage 3's loss: 16,384 tokens, V 51,200 words, Q words in a trip
 
 [1] Benchmarking and Dissecting the Nvidia Hopper GPU Architecture, arXiv 2402.13499
 """
@@ -33,8 +41,9 @@ from ssd_kernel import STATE_EVERY
 
 B, L, H, V = 8, 2048, 32, 51_200
 
-# Of A100 80GB, H100 SXM and B200, from their datasheets, dense: multiprocessors, bytes/s, bf16
-# FLOP/s, fp32 FLOP/s, and the clock in Hz at which the tensor cores reach their peak.
+# sm_80 is A100 80GB, sm_90 H100 SXM, sm_100 B200. From their datasheets, dense: multiprocessors,
+# bytes/s, bf16 FLOP/s, fp32 FLOP/s, the clock in Hz at which the tensor cores reach their peak, and
+# the bytes of shared memory in a multiprocessor.
 GPU = collections.namedtuple("GPU", "processors bandwidth tensor fp32 clock shared")
 GPUS = {80: GPU(108, 2.039e12, 312e12, 19.5e12, 1.41e9, 164 * 1024),
         90: GPU(132, 3.35e12, 989e12, 67e12, 1.83e9, 228 * 1024),
@@ -64,7 +73,7 @@ def disassemble(cubin, tools):
 
 
 def instructions(sass):
-    """-> the instructions up to the kernel's last EXIT, and {label: index of what follows it}"""
+    """-> the instructions up to the first EXIT that all reach, {label: index of what follows}"""
     code = []
     labels = {}
     for line in sass.splitlines():
@@ -131,7 +140,8 @@ def reads_and_writes(x):
     """-> names of the registers that an instruction reads, and of those that it writes
 
     "mma" and "copy" stand for matrix products and copies that run beside the instructions, until
-    one of these waits for them.
+    one of these waits for them. A wait for products is taken as one for all of them; a wait for
+    copies counts if it is for all (0x0), and one that lets the newest go on costs nothing.
     """
     operands = list(x.operands)
     writes = []
@@ -165,7 +175,9 @@ def reads_and_writes(x):
 
 def latency(name):
     """Clocks until an instruction's result can be read"""
-    if tile := re.match(r"HGMMA\.\d+x(\d+)x16", name):      # a multiprocessor's whole rate
+    if tile := re.match(r"HGMMA\.\d+x(\d+)x16", name):
+        # The N / 2 clocks in which all tensor cores of a multiprocessor make 64 x N x 16, at least
+        # 24. An estimate, as is the 32 of UTCHMMA.
         return max(24, int(tile[1]) // 2)
     if name.startswith("UTCHMMA"):
         return 32
@@ -241,26 +253,29 @@ def trips_of(kernel, Q):
             "softmax_gap": [V / Q] * 2}[kernel]
 
 
-def flop_needed(kernel, Q, N, P, N_t):
-    """FLOP of a program's trip of each loop, by the formulas, on full tiles
-
-    P: columns of the state in a program   N_t: the teacher's head width
-    """
-    state = 2 * Q * N * P                           # a product with the state, or into it
-    return {"forward": [2 * Q * Q * (N + P) + 2 * state],
-            "backward": [6 * Q * Q * (N + P) + 4 * state, state],
+def flop_needed(kernel, Q, N, P, columns):
+    """FLOP of a program's trip of each loop, by the formulas, on full tiles"""
+    state = 2 * Q * N * columns                     # a product with the state, or into it
+    # The backward makes q k^T, dq and dk; dy v^T, twice, and dv. Its second loop goes on from the
+    # last stored state.
+    return {"forward": [2 * Q * Q * (N + columns) + 2 * state],
+            "backward": [6 * Q * Q * (N + columns) + 4 * state, state],
             "piece-forward": [state],
             "piece-backward": [state],
-            "orientation-rows": [2 * Q * Q * N_t, 2 * Q * Q * (N_t + 2 * N)],
-            "orientation-columns": [2 * Q * Q * (N_t + 2 * N)],
+            "orientation-rows": [2 * Q * Q * P, 2 * Q * Q * (P + 2 * N)],
+            "orientation-columns": [2 * Q * Q * (P + 2 * N)],
             "softmax_gap": [0, 0]}[kernel]
 
 
 def bytes_moved(kernel, size, N, P, columns):
-    """Bytes that all programs together must move, of numbers of `size` bytes, P = N_t"""
-    split = P // columns                            # programs a head: an a, dq and dk for each
+    """Bytes that all programs together move, of numbers of `size` bytes
+
+    What several programs read, such as the q and k of a head that is split, counts once.
+    """
+    split = P // columns    # programs a head: each has a copy of a, in fp32, and its own dq, dk, da
     states = size * N * P / STATE_EVERY
-    orientation = size * 2 * (N + P) + 4 * N + 12   # dx is in fp32
+    # q and k of both; dq or dk, in fp32; and three numbers in fp32, a, da and the softmax's lse
+    orientation = size * 2 * (N + P) + 4 * N + 12
     if kernel == "softmax_gap":                     # z, in fp32, and z_t twice; dz
         return B * L * V * (2 * (4 + size) + size)
     return B * L * H * {
@@ -295,8 +310,8 @@ def model(sass, arch, kernel, size, N, P, columns, Q, warps, registers, shared, 
 
     tensor = per_program(lambda body: tensor_flop(body, warps))
     work = tensor or per_program(lambda body: fp32_flop(body, warps))
-    needed = sum(n * x for n, x in zip(trips, flop_needed(kernel, Q, N, columns, P), strict=True))
-    issues = 4 * gpu.processors * gpu.clock         # instructions of a warp, in a second
+    needed = sum(n * x for n, x in zip(trips, flop_needed(kernel, Q, N, P, columns), strict=True))
+    issues = 4 * gpu.processors * gpu.clock         # warps' instructions that a GPU starts a second
     seconds = [bytes_moved(kernel, size, N, P, columns) / gpu.bandwidth,
                programs * work / (gpu.tensor if tensor else gpu.fp32),
                programs * warps * per_program(len) / issues,
