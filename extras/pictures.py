@@ -69,10 +69,10 @@ def draw_matrices(path, title, rows, heads, signed=False):
         sheet.colorbar(image, ax=axes, shrink=0.6, extend="both", label=label)
 
 
-def draw_lines(path, title, panels, marker="o", contexts=False):
+def draw_lines(path, title, panels, marker="o", contexts=False, factor=10):
     """A row of panels. panels: {title: (x label, y label, {name: (x, y)})}
 
-    contexts: x is a number of tokens, on a log scale. y is on one if it spans a factor of 10.
+    contexts: x is a number of tokens, on a log scale. y is on one if it spans more than `factor`.
     """
     with figure(path, title, 1, len(panels), 9, 3.2) as (plt, sheet, axes):
         ticker = plt.matplotlib.ticker
@@ -82,7 +82,7 @@ def draw_lines(path, title, panels, marker="o", contexts=False):
                 axis.plot(x, y, marker=marker, markersize=3, linewidth=1.2, label=label)
                 positive += [value for value in y if value > 0]
             axis.set(title=name, xlabel=x_label, ylabel=y_label)
-            if positive and max(positive) > 10 * min(positive):
+            if positive and max(positive) > factor * min(positive):
                 axis.set_yscale("log")
                 axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             if contexts:
@@ -142,7 +142,7 @@ def draw_power_law(path, title, log):
           f"{promised}")
     lines = {"stage 3": (x, y), "power law": (tokens, law)}
     draw_lines(path, title, {"KL to the teacher, in training": (
-        "tokens of stage 3, millions", "nats a token", lines)}, marker="", contexts=True)
+        "tokens of stage 3, millions", "nats a token", lines)}, marker="", contexts=True, factor=1)
 
 
 def draw_layers(path, title, distances):
