@@ -35,7 +35,6 @@ import collections
 import math
 import re
 import subprocess
-import tempfile
 
 from ssd_kernel import STATE_EVERY
 
@@ -64,12 +63,9 @@ Instruction = collections.namedtuple("Instruction", "name operands guard")
 # Reading SASS, the GPU's assembly
 
 def disassemble(cubin, tools):
-    """A binary (bytes) and the folder of nvdisasm -> SASS, as text"""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True,
-                              text=True, check=True).stdout
+    """The name of a binary's file and the folder of nvdisasm -> SASS, as text"""
+    return subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True,
+                          check=True).stdout
 
 
 def instructions(sass):
@@ -98,11 +94,15 @@ def loops(code, labels):
         if x.name.startswith("BRA") and label and labels.get(label[0], i + 1) <= i:
             ends[labels[label[0]]] = i + 1
     spans = [range(*span) for span in sorted(ends.items())]
-    spans = [span for span in spans if any(code[i].name.startswith("LDG") for i in span)]
+    loads = {i for i, x in enumerate(code) if x.name.startswith("LDG")}
+    spans = [span for span in spans if loads.intersection(span)]
     bodies = []
     for span in spans:
-        inner = [x for x in spans if x != span and x.start in span]
-        bodies.append([code[i] for i in span if not any(i in x for x in inner)])
+        inner = set()
+        for other in spans:
+            if other != span and other.start in span:
+                inner.update(other)
+        bodies.append([code[i] for i in span if i not in inner])
     return bodies
 
 
@@ -130,10 +130,13 @@ def registers_in(operand, n):
     names = re.findall(r"\bU?[RP]\d+", operand)
     if "[" in operand:                              # [R2.64+0x10], desc[UR4][R2.64], tmem[UR8]
         n = 2 if ".64" in operand or "gdesc" in operand else 1
-    if names and "P" not in names[0]:
-        return [f"{x.rstrip('0123456789')}{int(re.search(r'[0-9]+', x)[0]) + i}"
-                for x in names for i in range(n)]
-    return names
+    if not names or "P" in names[0]:
+        return names
+    found = []
+    for name in names:
+        kind, first = re.fullmatch(r"(\D+)(\d+)", name).groups()
+        found += [f"{kind}{int(first) + i}" for i in range(n)]
+    return found
 
 
 def reads_and_writes(x):
@@ -225,8 +228,8 @@ def tensor_flop(body, warps):
 
 def fp32_flop(body, warps):
     """FLOP of the fused multiply-adds in a program's trip; FFMA2 makes two"""
-    pairs = collections.Counter(x.name.split(".")[0] for x in body)
-    return 2 * 32 * warps * (pairs["FFMA"] + 2 * pairs["FFMA2"])
+    counts = collections.Counter(x.name.split(".")[0] for x in body)
+    return 2 * 32 * warps * (counts["FFMA"] + 2 * counts["FFMA2"])
 
 
 def resident_programs(arch, warps, registers, shared, tensor_memory):
