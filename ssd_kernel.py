@@ -166,8 +166,8 @@ def decay_matrix(a):
     W, A = running_sums(floored(a, at_least_fp32(a.dtype)))
     gap = W[..., :, None] - W[..., None, :]
     gap.add_(A[..., :, None]).sub_(A[..., None, :])     # <= 0 wherever j <= i
-    future = torch.ones(gap.shape[-2:], dtype=torch.bool, device=a.device).triu(1)
-    return gap.masked_fill_(future, -torch.inf).exp_()  # masked before exp: no inf * 0 in backward
+    # The future, j > i, is 0 before exp, too: e^gap could be inf there, and inf * 0 in backward.
+    return gap.tril_().exp_().tril()
 
 
 def mixing_matrix(q, k, a):
@@ -258,9 +258,8 @@ class Chunked(torch.autograd.Function):
             M = decay_matrix(a_c).mul_(q_c @ k_c.mT)                    # 1 inside (B, C, H, Q, Q)
             writes = (k_c * decay_out).mT @ v_c                         # 2 write  (B, C, H, N, P)
             S_in, S = scan_states(fade, writes, S)                      # 3 scan   (B, C, H, N, P)
-            y_c = (q_c @ S_in.to(v.dtype)) * decay_in                   # 4 read   (B, C, H, Q, P)
-            y_c = y_c + M.to(v.dtype) @ v_c
-            in_chunks(y[:, part], Q).copy_(y_c)
+            y_c = (q_c @ S_in.to(v.dtype)).mul_(decay_in)               # 4 read   (B, C, H, Q, P)
+            in_chunks(y[:, part], Q).copy_(add_product(y_c, M.to(v.dtype), v_c))
             states.append(S_in)
         ctx.save_for_backward(q, k, v, a, *states)
         return y, S
@@ -306,16 +305,17 @@ class Chunked(torch.autograd.Function):
 
             M = (q_c @ k_c.mT) * w                                      # 1 (B, C, H, Q, Q)
             dM = dy_c @ v_c.mT                                          # (B, C, H, Q, Q)
-            dv = (k_c @ dS_c) * decay_out                               # 2 (B, C, H, Q, P)
+            dv = (k_c @ dS_c).mul_(decay_out)                           # 2 (B, C, H, Q, P)
             da_out = (v_c * dv).sum(-1, dtype=a.dtype)                  # (B, C, H, Q)
-            dv += M.to(dtype).mT @ dy_c
+            add_product(dv, M.to(dtype).mT, dy_c)
             R = M.mul_(dM)                                              # overwrites M
             dqk = w.mul_(dM).to(dtype)                                  # gradient of q k^T
             del dM                                                      # frees its memory early
-            dk = (v_c @ dS_c.mT) * decay_out + dqk.mT @ q_c             # (B, C, H, Q, N)
-            dq = (dy_c @ S_in.mT) * decay_in                            # (B, C, H, Q, N)
+            dk = (v_c @ dS_c.mT).mul_(decay_out)                        # (B, C, H, Q, N)
+            add_product(dk, dqk.mT, q_c)
+            dq = (dy_c @ S_in.mT).mul_(decay_in)                        # (B, C, H, Q, N)
             da_in = (q_c * dq).sum(-1, dtype=a.dtype)                   # (B, C, H, Q)
-            dq += dqk @ k_c
+            add_product(dq, dqk, k_c)
             from_t_on = da_in + R.sum(-1) - R.sum(-2)                   # rows less columns of R
             da = (from_t_on.flip(-1).cumsum(-1).flip(-1) + da_out.cumsum(-1) - da_out
                   + da_through[..., None])
@@ -327,6 +327,11 @@ class Chunked(torch.autograd.Function):
 def in_chunks(x, Q):
     """(B, L, H, ...) -> a view (B, C, H, Q, ...)"""
     return x.unflatten(1, (-1, Q)).transpose(2, 3)
+
+
+def add_product(z, x, y):
+    """z (B, C, H, ., .) += x @ y, in one pass over z -> z"""
+    return z.flatten(0, 2).baddbmm_(x.flatten(0, 2), y.flatten(0, 2)).view_as(z)
 
 
 def chunk_decays(a, dtype):

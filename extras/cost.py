@@ -117,6 +117,8 @@ def flops_of(function, args, kwargs, tensors, output):
     if operator == torch.ops.mohawk.orientation:            # 4 products, each of half a matrix
         B, L, H, N = tensors[2].shape
         return B * H * L * L * (tensors[0].shape[-1] + 3 * N)
+    if operator == torch.ops.aten.baddbmm_:                 # torch has no formula for it in place
+        operator = torch.ops.aten.baddbmm
     if operator in flop_registry:
         return flop_registry[operator](*args, **kwargs, out_val=output)
     return 0
