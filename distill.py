@@ -18,7 +18,8 @@ and head, D, its skip, a number per head (in shapes, D is the model's width). u 
 input to layer i. (Stages 1 and 3 never make their matrices and logits in full. Their losses are
 orientation_loss and distillation_loss of ssd_kernel.py.) Each stage starts from the one before and
 leaves a model folder, out/<run>/stage<N>. What is not a mixer is copied from the teacher at the
-start.
+start. --init says how the mixers start: as in the paper, with a random in_proj (preset phi), or
+with the teacher's q, k and v, near its attention (the other presets).
 
     out/<run>/run.json      the command, the teacher, the data, versions
               log.jsonl     one object per step
@@ -81,9 +82,10 @@ from ssd_kernel import chunk_length, distillation_loss, ssd_path
 # -----------------------------------------------------------------------------
 # The three losses. Each is a generator, so that one layer's graph is freed before the next layer's
 # is built. Each backward adds to the gradients, so they are those of the sum over layers; the log
-# has their mean. Each yields (loss, relative): relative is the distance as a share of the teacher's
-# own answer. 0 is the teacher itself; 1 is a mixing matrix of zeros in stage 1, a block that
-# returns its input in stage 2, the uniform distribution in stage 3.
+# has the mean of the losses. Each yields (loss, relative): relative is the distance as a share of
+# the teacher's own answer. 0 is the teacher itself; 1 is a mixing matrix of zeros in stage 1, a
+# block that returns its input in stage 2, the uniform distribution in stage 3 (relative is the KL
+# from the teacher to the student, over that from the teacher to the uniform one).
 
 def matrix_orientation(student, teacher, tokens):
     """matrix orientation: given the teacher's input, each mixer's matrix is its attention matrix
@@ -118,7 +120,8 @@ def knowledge_distillation(student, teacher, tokens, loss="kl", temperature=1.0,
     """knowledge distillation: given the tokens, the student predicts what the teacher predicts
 
     T^2 KL(p || q), the mean over tokens; p is the teacher's softmax(logits / T), q the student's.
-    T^2, because the gradients shrink as 1 / T^2. hard_weight adds the language-model loss at T = 1.
+    T^2, because the gradients shrink as 1 / T^2. loss="ce": q's cross-entropy to p, which is the KL
+    and p's entropy. hard_weight adds the language-model loss at T = 1.
     """
     h, h_t = (model.hidden(tokens).flatten(0, 1) for model in (student, teacher))   # (B L, D)
     next_token = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()     # (B L), -100: unknown
@@ -141,8 +144,8 @@ class Stage(NamedTuple):
     loss_fn: Callable           # (student, teacher, tokens) -> yields (loss, relative)
     trainable: tuple            # a parameter is trained if one of these is part of its name
     frozen: tuple = ()          # and none of these
-    unreached: tuple = ()       # parts of in_proj that the loss does not depend on
-    unreached_in: str = "all"   # in all SSM layers, or in the "last"
+    unreached: tuple = ()       # parts of in_proj with no gradient, spared from weight decay
+    unreached_in: str = "all"   # in all SSM layers, or in the model's "last" layer
     autocast: bool = True       # to bf16, where the device is faster in it
     check: Callable = None      # (student's config, teacher's): UsageError if they do not suit it
 
@@ -178,8 +181,8 @@ PRESETS = {
         tokens=0.96e6, shares=(1, 6, 17), batch=(256,), eval_tokens=2**16,
         init="fit", lr=(2e-3, 4e-3, 1e-3), warmup=0.1, decay=0.7, weight_decay=0.1),
 }
-# What --recipe takes from another preset. (Of a run folder, the recipe is all that decides its
-# weights and report: see recipe_of.)
+# What --recipe takes from another preset. (A run's recipe, see recipe_of, is more: all arguments
+# and checksums that decide its weights and report.)
 RECIPE = ("init", "shares", "lr", "warmup", "decay", "weight_decay")
 
 
@@ -224,7 +227,7 @@ def distill(run, finished):
         print(f"stage {stage} | was finished before: {run.folder}/stage{stage}")
     for stage in todo:
         student, about = load_or_init_student(run, stage, teacher, tokenizer, calibration_tokens)
-        if stage == todo[0]:                # every refusal is behind us: files may change now
+        if stage == todo[0]:                # every refusal is behind us: older stages may go now
             run.remove_leftovers()
             if not checkpoints.rows:        # not even the teacher's: a new run
                 run.reset()
@@ -292,7 +295,9 @@ def train(run, name, stage, student, teacher, data, offset, budget):
     args = run.args
     B, L, world = budget.micro_batch, args.context, run.world
     params = choose_trainable(student, stage)                           # {name: parameter}
-    frozen_rows = find_frozen_rows(student, stage)      # of in_proj; a saved state has the same
+    # Rows of in_proj with no gradient, and the values to put back after each step. They do not
+    # change in a stage, so what is restored below has the same.
+    frozen_rows = find_frozen_rows(student, stage)
     optimizer = make_optimizer(params, args)
     steps = budget.tokens // budget.batch
     accumulate = budget.batch // (B * L * world)                        # micro-batches in a step
@@ -316,7 +321,7 @@ def train(run, name, stage, student, teacher, data, offset, budget):
                 run.checkpoints.save_and_stop(name, step, steps, progress.seconds, student, params,
                                               optimizer, run.stop)
             first = offset + (micro * world + run.rank) * B
-            # data.batch adds the token after each window, which only an evaluation needs.
+            # data.batch adds the token after each window: it is for evaluations.
             tokens = data.batch(first, B, L)[:, :-1].to(run.device)     # (B, L)
             last = micro + 1 == accumulate
             with run.autocast(stage), contextlib.nullcontext() if last else no_sync():
@@ -354,7 +359,7 @@ def load_teacher(run, tokenizer, data, data_name):
     """The teacher, frozen, on its device
 
     With --n_layer the teacher still runs whole. Its .layers are an even choice of its layers, one
-    for each of the student's to copy and to align with, given what that layer is given.
+    for each of the student's to copy and to align with; u is the input of the chosen layer.
     UsageError if the data has ids that it has no embedding for: on a GPU such an id would end the
     run in the middle, with an assertion in some kernel.
     """
@@ -449,7 +454,7 @@ def load_or_init_student(run, stage, teacher, tokenizer, calibration_tokens):
 
 
 def init_student(args, teacher, calibration_tokens):
-    """All of the teacher but its mixers; these start by --init, on calibration_tokens (B, L)."""
+    """A copy of the teacher. The mixers start by --init, on calibration_tokens (B, L)."""
     torch.manual_seed(args.seed)
     layers = kept_attention(args, len(teacher.layers))
     return SSM.from_teacher(teacher, layers, args.init, calibration_tokens, mixer=args.mixer)
@@ -461,7 +466,7 @@ def restore_attention(run, student, teacher, tokenizer, calibration_tokens):
     before = student.config.attn_layers
     wanted = how_many(args.attn_layers)
     if wanted is None:
-        named = layer_numbers(args.attn_layers, student.config.n_layer)
+        named = layer_numbers(args.attn_layers)
         layers = [i for i in named if i not in before]
     elif wanted == len(before):
         layers = []
@@ -525,7 +530,7 @@ def misshapen(config, n_layer, args, of_another_run):
         if len(before) > n or len(before) < n and not of_another_run:
             return (f"has attention in {len(before)} layers, --attn_layers is auto:{n}: {cure}")
     elif args.attn_layers is not None:
-        wanted = layer_numbers(args.attn_layers, n_layer)
+        wanted = layer_numbers(args.attn_layers)
         if not of_another_run and wanted != before:
             return f"keeps attention in layers {before}, --attn_layers is {wanted}: {cure}"
         if lost := sorted(set(before) - set(wanted)):
@@ -586,7 +591,7 @@ def kept_attention(args, n_layer):
     if n is not None and n >= n_layer:
         raise UsageError(f"--attn_layers auto:{n}: of {n_layer} layers at most {n_layer - 1} may "
                          "have attention, or there is no mixer to teach")
-    layers = layer_numbers(args.attn_layers, n_layer) if n is None else tuple(range(n))
+    layers = layer_numbers(args.attn_layers) if n is None else tuple(range(n))
     if set(range(n_layer)) <= set(layers):
         raise UsageError("every layer keeps its attention: there is no mixer to teach")
     return layers
@@ -602,14 +607,12 @@ def how_many(names):
     return int(names[0].removeprefix("auto:"))
 
 
-def layer_numbers(names, n_layer):
-    """["4", "10"] -> (4, 10); ["all"] -> all of them; None -> ()"""
-    if names == ["all"]:
-        return tuple(range(n_layer))
+def layer_numbers(names):
+    """["4", "10"] -> (4, 10); None -> ()"""
     try:
         return tuple(sorted({int(i) for i in names or ()}))
     except ValueError as error:
-        raise UsageError(f"--attn_layers {' '.join(names)}: give layer numbers, all, or "
+        raise UsageError(f"--attn_layers {' '.join(names)}: give layer numbers, or "
                          "auto:K") from error
 
 
@@ -643,7 +646,8 @@ def finish(run):
 def report(rows):
     """-> the table that ends a run
 
-    rows: {name: what compare says of a model, and tokens and seconds spent on it if it has any}
+    rows: {name: what compare says of a model (top1: how often its likeliest token is the
+    teacher's), and tokens and seconds spent on it if it has any}
     """
     table = [f"| {'model':<12} | val loss |    ppl |     KL |  top-1 |        tokens | seconds |",
              f"|{'-' * 14}|{'-' * 10}|{'-' * 8}|{'-' * 8}|{'-' * 8}|{'-' * 15}|{'-' * 9}|"]
@@ -804,9 +808,9 @@ def flops_per_token(config, hf, stage, L):
     A weight costs 2 FLOPs forward (one product, one sum); 2 more where its own gradient is needed,
     2 more where its input's is. Causal attention looks at L / 2 keys on average, at 2 P FLOPs for
     scores and 2 P for values each; SSD in chunks of Q costs each head 2 Q (N + P) inside and 4 N P
-    through the state. mfu is this, times tokens/s, over the machine's peak. None for what extras/
-    has (other losses, mixers and depths) and for a --kd_teacher of other widths than the student's.
-    With --train mixer the backward counts as if all were trained.
+    through the state. mfu is this, times tokens/s, over the machine's peak. With --train mixer the
+    backward counts as if all were trained. None for other losses and mixers, for a --kd_teacher of
+    other widths than the student's and, before stage 3, for a student of fewer layers.
     """
     kinds = {matrix_orientation: 1, hidden_state_alignment: 2, knowledge_distillation: 3}
     kind = kinds.get(getattr(stage.loss_fn, "func", stage.loss_fn))     # stage 3's is a partial
@@ -860,7 +864,7 @@ class Progress:
                         mininterval=0.5, initial=done * batch, disable=run.rank > 0)
 
     def update(self, step, loss, relative, lr, gnorm):
-        """One step is done. Every step is in the log, about eight lines are on the screen."""
+        """One step is done. Every step is in the log, eight lines or some more on the screen."""
         tokens = (step + 1) * self.batch
         self.seconds = time.perf_counter() - self.start
         speed = tokens / self.seconds
@@ -896,8 +900,8 @@ class Run:
         self.args, self.folder = args, run_folder(args)
         self.device, self.bf16, why = choose_device(args.device, args.fp32)
         self.rank, self.world = init_processes(self.device)
-        # Of the teacher's weights, in stage 1 too. bf16 would round the student's small updates to
-        # nothing, so its weights are fp32; a frozen teacher has none.
+        # dtype of the teacher's weights, in stage 1 too. The student's are always fp32: bf16 would
+        # round its small updates to nothing. A frozen teacher has no updates.
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         self.stop = None
         self.budget = sum(budget.tokens for budget in args.budgets.values())
@@ -1049,12 +1053,12 @@ def run_folder(args):
 
 
 def find_finished(args):
-    """-> those of args.stage that this very command, in all that decides the weights, has finished
+    """-> those of args.stage that a command with these arguments has finished
 
-    Looked up before anything is loaded. last/ is there while a run is unfinished: then its run.json
-    says what is finished, and the answer here is []. UsageError if a stage of args.stage is there
-    of another recipe; or if one is still to be trained, and a later one is there, which would then
-    seem to be made from it.
+    Looked up before anything is loaded: check_finished compares checksums later, if stages are
+    left. While last/ is there, the run is unfinished: [], and Checkpoints.find_unfinished reads
+    there what is done. UsageError if a stage of args.stage is there of another recipe; or if a
+    stage has still to be trained but another is there, which was made without it.
     """
     folder = run_folder(args)
     if args.fresh or (folder / "last" / "run.json").exists():
@@ -1064,10 +1068,7 @@ def find_finished(args):
     there = [stage for stage in (1, 2, 3)
              if stage >= args.stage[0] and (folder / f"stage{stage}").exists()]
     for stage in there:
-        before = check_folder(folder / f"stage{stage}").get("recipe")
-        if before is None:                  # of an older version: all that is known is in run.json
-            about = read_json(folder / "run.json", start_over)
-            before = recipe_of_arguments(about["arguments"])
+        before = check_folder(folder / f"stage{stage}").get("recipe", {})
         changed = differences(recipe_of_stage(before, stage), recipe_of_stage(now, stage))
         if stage in args.stage and changed:
             raise UsageError(f"{folder}/stage{stage} is of another recipe "
@@ -1094,10 +1095,7 @@ def show_finished(args):
 # that they come to; --preset and --recipe, of which the flags are that they fill in.
 NOT_RECIPE = {
     "out", "device", "fresh", "recompute", "save_minutes", "preset", "recipe", "tokens", "batch",
-    "lr", "budgets", "micro_batch", "stage", "fsdp", "compile", "world",
-    # what older versions had
-    "plans", "plan", "bench", "study", "seeds", "mfu", "controls", "control_lr", "layer_map",
-    "relation_layer", "relation_heads"}
+    "lr", "budgets", "micro_batch", "stage", "fsdp", "compile", "world"}
 
 
 def recipe_of_arguments(arguments):
@@ -1106,9 +1104,8 @@ def recipe_of_arguments(arguments):
     arguments: vars(args), or what a run.json has. A tuple would differ from the list it becomes.
     """
     arguments = json.loads(json.dumps(arguments, default=vars))         # budgets are Namespaces
-    budgets = arguments.get("budgets") or arguments.get("plans")        # older runs say plans
     recipe = {key: value for key, value in arguments.items() if key not in NOT_RECIPE}
-    for stage, budget in budgets.items():
+    for stage, budget in arguments["budgets"].items():
         recipe |= {f"stage {stage} {key}": value for key, value in budget.items()
                    if key != "micro_batch"}
     return recipe
@@ -1128,7 +1125,7 @@ def recipe_of(args, teacher, kd_teacher, data):
 
 
 def recipe_of_stage(recipe, stage):
-    """The part of a recipe that is one stage's own: no other stage's budget"""
+    """A recipe without the budgets of the other stages"""
     others = tuple(f"stage {other} " for other in (1, 2, 3) if other != stage)
     return {key: value for key, value in recipe.items() if not key.startswith(others)}
 
@@ -1198,8 +1195,8 @@ class Checkpoints:
 
     def check_finished(self, folder, stage):
         """UsageError if a finished stage's folder is gone, damaged, or of another run"""
-        before = check_folder(folder).get("recipe", self.recipe)    # older versions have none
-        # Which teacher it was is compared when the stage is loaded.
+        before = check_folder(folder).get("recipe", {})
+        # Which teacher it was is compared if the stage is loaded.
         before = before | {"teacher's weights": self.recipe["teacher's weights"]}
         changed = differences(recipe_of_stage(before, stage), recipe_of_stage(self.recipe, stage))
         if changed:
@@ -1504,9 +1501,9 @@ def add_method_flags(add):
         "all as PyTorch's modules; scratch: nothing at all is the teacher's [the recipe's]")
     add("--from", dest="from_folder", type=nonempty, metavar="FOLDER", help="start from the "
         "student in a stage folder of another run [a copy of the teacher]")
-    add("--attn_layers", nargs="+", help="all layers with attention; the paper's hybrid has 4 10 "
-        "16 22 [none]. The student of --from gets it back where it lacks it; auto:K: K layers in "
-        "all, those where it misses it most")
+    add("--attn_layers", nargs="+", help="numbers of the layers with attention, 4 10 16 22 in the "
+        "paper's hybrid [none]. Where the student of --from has a mixer there, it gets the "
+        "teacher's attention back. auto:K: K layers in all, those where it misses it most")
     add("--attn_score", choices=("kl", "recall"), help="by which auto chooses: the KL on text, or "
         "on keys to be found again [kl]")
     add("--kd_teacher", type=nonempty, help="whose predictions stage 3 learns: a larger model of "

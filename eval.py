@@ -928,7 +928,7 @@ class EvaluatedRun:
 
     @staticmethod
     def _arguments(flags, about):
-        # An old run.json lacks these arguments: such a run did what these values say.
+        # A model outside a run has none of these arguments.
         defaults = {"stream": None, "mixer": "mamba2", "n_layer": None, "from_folder": None}
         args = argparse.Namespace(**defaults | about["arguments"])
         args.teacher = flags.teacher or args.teacher

@@ -8,10 +8,10 @@ The result is one folder. It gets its name only when it is complete. If the comm
 same command goes on from data/.<name>.partial and ends with the same bytes:
 
     data/<name>/train_00000.bin ...   only token ids, uint16 (uint32 if the vocabulary needs it)
-                val.bin               for validation, up to 4 million tokens: about one in 25,
-                                      by documents, and long documents by parts (text files about
-                                      every 65,536 characters; Python's library is not cut). A part
-                                      that does not end its document has no <|endoftext|> after it
+                val.bin               for validation: 4% of the tokens, up to 4 million, by
+                                      documents. Those over 65,536 tokens (of a text file,
+                                      characters) go by parts, of which only the last has
+                                      <|endoftext|> after it. Python's library goes by files
                 meta.json             tokenizer, vocabulary, counts, source, every shard's checksum
 
     document | <|endoftext|> | document | <|endoftext|> | ...   packed end to end, read in windows
@@ -69,9 +69,10 @@ from model_ssm import (UsageError, damage_in_one_line, first_line, go_offline_if
 from model_teacher import cure, resolve_name
 
 SHARD_TOKENS = 10**8    # 200 MB a shard in uint16
-PIECE = 2**16           # characters read at once, so that memory does not depend on a file's size
+PIECE = 2**16           # characters of a text file read at once (and the rest of a line), so that
+                        # memory does not depend on its size; documents of more tokens are split
 BATCH = 2**20           # characters tokenised at once
-SAVE_SECONDS = 5        # between two saves: a kill costs at most this much work
+SAVE_SECONDS = 5        # between two saves: a kill costs about this much work
 HELD_OUT = 0.04         # share of the tokens that go to val.bin
 HELD_OUT_MOST = 2**22   # and its largest size
 
@@ -152,7 +153,8 @@ class Tokenizer:
         """-> an array of ids for each text. Text that spells a special token is split as other text
         is, because otherwise it could end its own document."""
         texts = [without_surrogates(text) for text in texts]
-        # Long white space, on which tiktoken panics, goes to `hf`; bytes are matched 64 at a time.
+        # On long white space tiktoken panics: `hf` takes such texts. The byte encoding has no `hf`
+        # and needs none, since its pattern matches at most 64 characters.
         if self.tiktoken and not (self.hf and any(map(has_long_blank, texts))):
             # Outside the GIL, and with no Python int for each token
             return [self.tiktoken.encode_to_numpy(text, disallowed_special=()) for text in texts]
@@ -170,10 +172,10 @@ class Tokenizer:
         tokenizer has no chat template"""
         if not getattr(self.hf, "chat_template", None):
             raise UsageError(f"the tokenizer of {self.name} has no chat template: leave out --chat")
-        said = [{"role": "user", "content": text}]
-        whole = self.hf.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        message = [{"role": "user", "content": text}]
+        prompt = self.hf.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         # Here the template's special tokens have to be special.
-        return self.hf(whole, add_special_tokens=False)["input_ids"]
+        return self.hf(prompt, add_special_tokens=False)["input_ids"]
 
     def decode(self, ids):
         if self.hf is None:
@@ -290,9 +292,9 @@ def gpt2_encoding(hf):
     ranks |= {run.encode(): n for run, n in added.items()}
     first = r" {2,31}|\t{2,9}|" if added else ""                # Phi's runs
     space = r"(?:(?! {2}|\t{2})\s)" if added else r"\s"         # one that starts no run
-    # GPT-2's pattern, with possessive quantifiers (++), which do not backtrack. Its white space,
-    # \s+(?!\S)|\s+, is: all of it at the end of the text or before one of Phi's runs; else all but
-    # its last character; else that one.
+    # GPT-2's words; ++ does not backtrack. Then white space, in three alternatives: all of it
+    # before the text's end or one of Phi's runs; all but the last character, which begins the next
+    # word; one character.
     words = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|"
     pattern = first + words + rf"{space}++(?!\S)|{space}+(?={space})|{space}"
     # encode_to_numpy is slow where there is no special token to look for.
@@ -319,8 +321,9 @@ NOTHING_READ = {"files": 0, "pieces": 0, "crc32": 0, "repaired": {}, "left out":
 
 
 class Documents:
-    """The text of `source`, piece by piece, from any position on.
+    """The text of `source` in pieces, from any piece on.
 
+    A piece is a document (a row, a line of JSONL), or about PIECE characters of a text file.
     source: "stdlib", a file or folder of text, JSONL or Parquet, or a Hugging Face id
     UsageError if there is nothing to read, or no text in it.
     """
@@ -345,8 +348,7 @@ class Documents:
         record: {"place", "read"}, as JSON. Of files, place is the number of pieces before: they are
                 read again and thrown away, which takes little time beside tokenising. Of a data
                 set of the hub it is the state of its iterator. read is self.read. prepare() has
-                both in its meta.json: place is null before anything is read, and the key is
-                removed when all is saved
+                both in its meta.json, place until all is saved; None: nothing is read yet
         """
         batch, size = [], 0
         for text, ends in self.pieces(record or {}):
@@ -423,12 +425,10 @@ class Documents:
         """Is this text another than the one that `meta` was made from?
 
         Files of the same names, sizes and times are taken to be the same. A copy has other times:
-        then its text is read. (Data of earlier versions has no checksum of the text, "read".)
+        then its text is read.
         """
-        if self.files == meta["files"] and self.times == meta.get("times", self.times):
+        if self.files == meta["files"] and self.times == meta["times"]:
             return False
-        if "read" not in meta:
-            return True
         print(f"{self.source} was copied or changed since it was prepared: it is read to compare")
         # Data that is unfinished, or had enough of a larger text, has the checksum of a part.
         enough = meta["budget"] and meta["train_tokens"] >= meta["budget"]
@@ -521,7 +521,7 @@ def read_text(path):
         text = file.read(PIECE)
         while text:
             if text[-1] != "\n":
-                text += file.readline(PIECE)        # at the end of a line tokens end too
+                text += file.readline(PIECE)        # so that no word is cut in two
             following = file.read(PIECE)
             yield text, not following               # the last piece ends the document
             text = following
@@ -570,7 +570,7 @@ def encoded(batches, tokenizer):
     """(pieces, record), ... -> (an array of ids for each piece, record), ... in the same order
 
     One thread a core encodes a batch while this one reads and writes. At most one batch a thread
-    and one more are in memory.
+    and two more are in memory.
     """
     threads = min(8, os.cpu_count())            # one reader feeds about eight
     pool = concurrent.futures.ThreadPoolExecutor(threads)
@@ -616,7 +616,7 @@ def encode(pieces, tokenizer):
 # tokens -> shards
 
 def prepare(source, folder, tokenizer, config=None, tokens=None, wait=False):
-    """Tokenise `source` into `folder`, up to `tokens` training tokens if given; -> the meta dict.
+    """Tokenise `source` into `folder`, until it has `tokens` to train on if given -> the meta dict
 
     wait: if another process prepares the folder already, take what that one makes.
 
@@ -712,6 +712,7 @@ def with_progress(error, folder, partial):
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         error = UsageError(f"cannot write to {folder}: {first_line(error)}")
     if (partial / "meta.json").exists():
+        # Ctrl-C's error is empty, so this begins with ";": run_program says "stopped" before it.
         error.args = (f"{error}; what is prepared is kept in {partial}, "
                       "the same command goes on from there",)
     else:
@@ -723,8 +724,9 @@ def write_shards(documents, partial, tokenizer, meta):
     """Write shards from meta["place"] on to the end of the text or the budget, and update `meta`.
 
     A document, or each part of a long one, goes to val.bin whenever that has less than HELD_OUT of
-    the tokens so far, up to HELD_OUT_MOST. So until then val.bin comes evenly from the text: any
-    stretch 26 times as long as the longest document or part, such as a source, has some in it.
+    the tokens so far, up to HELD_OUT_MOST. Until then val.bin comes evenly from the text. A
+    document of m tokens in val.bin is its 4% of 25 m: so long it waits for the next, and until the
+    one in hand ends. Of any 26 m tokens in a row, m those of the longest, some are in val.bin.
     """
     budget = meta["budget"]
     unsaved = {"train": [], "val": []}              # arrays of ids
@@ -844,7 +846,8 @@ def counted(n, what):
 # shards -> windows
 
 def cut(ids, L):
-    """ids (n,) -> (windows, L + 1), a view. Neighbours share one token: none is lost as an input.
+    """ids (n,) -> (windows, L + 1), a view. Neighbours share one token, so none between two of them
+    is lost as an input. The rest, too short for a window, is left out.
 
     tokens[:, :-1] go in, tokens[:, 1:] are what comes next.
 
@@ -860,8 +863,9 @@ class Tokens:
     """The tokens of one split of a prepared folder, memory-mapped and checked against meta.json.
 
     batch(at, B, L)  -> (B, L + 1) int64: windows at ... at + B - 1 of the shuffled stream,
-                        a pure function of (seed, at)
-    windows(n, L)    -> (n, L + 1) int64: n windows spaced evenly over the split, always the same
+                        a pure function of (seed, at, L)
+    windows(n, L)    -> (n, L + 1) int64: n windows spaced evenly over the split, always the same;
+                        all of them, if there are fewer
     """
 
     def __init__(self, folder, split="train", seed=0):
@@ -885,6 +889,7 @@ class Tokens:
                     raise ValueError(f"it has the id {ids.max():,}, and meta.json a vocabulary of "
                                      f"{self.meta['vocab_size']:,}")
             self.shards.append(ids)
+        # Of these tokens: a run goes on only with the same. (meta's is of the tokenizer.)
         self.fingerprint = [shard["crc32"] for shard in self.meta[split].values()]
         self.order = functools.lru_cache(maxsize=1)(            # of this epoch alone
             lambda epoch, count: np.random.default_rng((seed, epoch)).permutation(count))
@@ -922,7 +927,7 @@ class Tokens:
 
 
 class Stream:
-    """The tokens of a source as it is read, with nothing on disk, and the methods of Tokens.
+    """The tokens of a source as it is read, with nothing on disk: batch and windows as in Tokens.
 
     batch(at, B, L)  -> (B, L + 1) int64: windows at ... at + B - 1 in the source's own order.
                         Nothing is shuffled: C4 and FineWeb-Edu come shuffled, a book does not.
@@ -995,7 +1000,7 @@ def open_data(args, tokenizer, budget=None):
 def load_or_prepare(source, tokenizer, config=None, tokens=None):
     """-> the folder of `source` in the tokens of `tokenizer`, prepared now if it is not there yet.
 
-    tokens: how much of a hub data set to take; files are always taken to their end.
+    tokens: how much of a hub data set to take. Files are taken to their end, here.
     """
     folder = data_folder(source, tokenizer)
     if not folder.exists():
@@ -1025,8 +1030,8 @@ def same_source(meta, source, config):
     """Is `source` what `meta` was made from? A path has many spellings."""
     was, now = (name if name == "stdlib" else os.path.realpath(os.path.expanduser(name))
                 for name in (meta["source"], str(source)))
-    same_part = meta["files"] is not None or meta["config"] == config   # files have no parts
-    return was == now and same_part
+    same_config = meta["files"] is not None or meta["config"] == config     # a hub data set's
+    return was == now and same_config
 
 
 def with_config(source, config):

@@ -20,7 +20,6 @@ import copy
 import doctest
 import functools
 import gzip
-import hashlib
 import importlib
 import importlib.util
 import io
@@ -1572,7 +1571,7 @@ def test_the_default_shapes_are_phi_mambas():
 
 
 def without_checksums(path):
-    """A JSON file as an older version wrote it, or somebody else"""
+    """A JSON file as somebody else wrote it"""
     values = json.loads(path.read_text("utf-8"))
     kept = {name: value for name, value in values.items() if name not in ("checksum", "weights")}
     path.write_text(json.dumps(kept), "utf-8")
@@ -1742,12 +1741,6 @@ def test_a_fingerprint_knows_its_teacher_in_any_dtype(teacher_folder):
         changed.config.layer_norm_eps *= 1 + (change == "shape")
         assert not changed.has_fingerprint(one.fingerprint)
         assert changed.has_fingerprint(rounded.fingerprint) == (change == "weight")
-    of_an_older_version = hashlib.sha256()
-    for name, w in one.model.state_dict().items():
-        first = w.flatten()[:1000].bfloat16().view(torch.int16).numpy()
-        of_an_older_version.update(name.encode() + first.tobytes())
-    assert one.has_fingerprint(of_an_older_version.hexdigest()[:16])
-    assert not one.has_fingerprint("0" * 16)
 
 
 def test_compare_is_the_textbook_formula():
@@ -2746,19 +2739,6 @@ def test_shards_of_a_text_that_has_changed_are_refused(here, teacher_folder, cha
     assert bytes_of(here / folder) == before
     as_it_is = [str(folder) if x == "texts" else x for x in command]
     assert distill.open_data(distill.parse(as_it_is), Tokenizer(teacher_folder))[2] == str(folder)
-
-
-def test_data_prepared_before_texts_had_a_checksum_is_known_by_names_and_sizes(here):
-    some_documents(here / "texts")
-    note = prepare.load_or_prepare("texts", Tokenizer("bytes")) / "meta.json"
-    meta = json.loads(note.read_text())
-    note.write_text(json.dumps({key: meta[key] for key in meta
-                                if key not in ("times", "read", "checksum")}))
-    edit(here / "texts" / "03.txt", "WORDS 3\n" * 50)
-    assert prepare.load_or_prepare("./texts", Tokenizer("bytes")) == note.parent
-    edit(here / "texts" / "03.txt", "longer" * 90)
-    with pytest.raises(UsageError, match="made from other text than ./texts is now: delete it"):
-        prepare.load_or_prepare("./texts", Tokenizer("bytes"))
 
 
 def test_the_library_of_another_python_is_named(here, monkeypatch):
@@ -4373,7 +4353,7 @@ def test_hostile_configs_of_a_student_are_refused_or_mean_nothing(
     config = model_ssm.read_json(path, "")
     logits, outcomes = student.logits(tokens), []
     for what, copied in cases(list(hostile_configs(config))[::3]):
-        path.write_text(json.dumps(copied))             # no checksum, as of an older version
+        path.write_text(json.dumps(copied))             # no checksum, as others write it
         try:
             got = SSM.from_pretrained(tmp_path / "model").logits(tokens)
             # Fields that no shape depends on, such as what a dropout once was
@@ -4900,8 +4880,8 @@ MISTAKES = {
     "--lr 1e-3 1e-3": "2 values for 3 stages",
     "--batch 100": "--batch 100 does not divide into windows of --context 32",
     "--attn_layers 99": "the model has layers 0 to 2",
-    "--attn_layers three": "give layer numbers, all, or auto:K",
-    "--attn_layers all": "no mixer to teach",
+    "--attn_layers three": "give layer numbers, or auto:K",
+    "--attn_layers 0 1 2": "no mixer to teach",
     "--data ./nowhere": "no such file or folder",
     "--teacher ./nowhere": "no such teacher",
     "--teacher nothing.gguf": "no such file",

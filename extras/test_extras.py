@@ -1562,18 +1562,18 @@ def test_a_peer_that_computes_something_else_is_shown_as_wrong(monkeypatch, caps
 
     monkeypatch.setattr(bench_kernel, "FORMS", {
         "right": bench_kernel.ssd_chunked, "forward": lambda q, k, v, a: ssd(q, k, v, 2 * a),
-        "backward": no_gradient_of_the_decay})
+        "backward": no_gradient_of_the_decay, "not to be timed": ssd})
     bench_kernel.main(["--lengths", "16", "--orientation_lengths", "16", "--tokens", "16",
-                       "--vocabulary", "64"])
+                       "--vocabulary", "64", "--forms", "right", "forward", "backward"])
     said = capsys.readouterr().out
-    assert re.search(r"^ +16 +1 +right +\d", said, re.M)
+    assert re.search(r"^ +16 +1 +right +\d", said, re.M) and "not to be timed" not in said
     for form in ("forward", "backward"):
         assert re.search(rf"^ +16 +1 +{form} WRONG +\d", said, re.M)
         assert re.search(rf"^left out: {form} WRONG, L 16: error ", said, re.M)
 
 
-@pytest.mark.parametrize("ms, runs", [(0.1, 20), (30, 20), (300, 4)])
-def test_a_cpu_time_is_the_median_of_up_to_20_runs_within_a_second(monkeypatch, ms, runs):
+@pytest.mark.parametrize("ms, runs", [(0.1, 20), (30, 20), (300, 2)])
+def test_a_cpu_time_is_the_median_of_up_to_20_runs_in_about_3_seconds(monkeypatch, ms, runs):
     clock = [0.0]
     monkeypatch.setattr(bench_kernel.time, "perf_counter", lambda: clock[0])
     calls = []
@@ -1583,7 +1583,7 @@ def test_a_cpu_time_is_the_median_of_up_to_20_runs_within_a_second(monkeypatch, 
         clock[0] += ms / 1e3 * (1 if len(calls) % 3 else 10)        # every third is slow
 
     assert bench_kernel.milliseconds(work, "cpu") == pytest.approx(ms)
-    assert len(calls) - 1 <= 20 and (ms > 30 or len(calls) - 1 > 1)
+    assert len(calls) == 1 + runs
 
 
 # Both count products of matrices. The formula leaves out a conv's first tokens and an odd last
