@@ -630,7 +630,6 @@ def prepare(source, folder, tokenizer, config=None, tokens=None, wait=False):
               "tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint,
               "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
               "dtype": tokenizer.dtype.name}
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     with locked(folder, wait):
         if wait and folder.exists():
@@ -881,11 +880,11 @@ class Tokens:
         for name, shard in progress_bar(self.meta[split].items(), f"check {folder}"):
             path = folder / name
             with damage_in_one_line(path, prepare_again):
-                data = np.memmap(path, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+                data = np.memmap(path, mode="r")                # ValueError if it is empty
                 if zlib.crc32(data) != shard["crc32"]:
                     raise ValueError("its checksum is not the one in meta.json")
                 ids = data.view(self.meta["dtype"])                         # (tokens,)
-                if len(ids) and ids.max() >= self.meta["vocab_size"]:
+                if ids.max() >= self.meta["vocab_size"]:
                     raise ValueError(f"it has the id {ids.max():,}, and meta.json a vocabulary of "
                                      f"{self.meta['vocab_size']:,}")
             self.shards.append(ids)
