@@ -584,7 +584,9 @@ def encoded(batches, tokenizer):
         for future, record in running:
             yield future.result(), record
     finally:
-        pool.shutdown(cancel_futures=True)      # those that have begun still end
+        # Those that have begun still end. No wait: the garbage collector may come here in the first
+        # lines of any new thread, and a join there waits for a lock of the thread itself.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def encode(pieces, tokenizer):

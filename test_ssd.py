@@ -2366,6 +2366,25 @@ def test_batches_wait_for_their_turn_in_little_memory(monkeypatch):
         assert len(read) <= n + 4               # this one, and one a thread
 
 
+def test_a_stream_that_is_dropped_waits_for_no_thread(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    may_end = threading.Event()
+
+    class Slow(Numbers):
+        def encode_batch(self, texts):
+            assert texts == ["1"] or may_end.wait(60)
+            return super().encode_batch(texts)
+
+    stream = prepare.encoded((([(str(n), True)], n) for n in itertools.count(1)), Slow())
+    assert next(stream)[1] == 1                 # two threads are at work on texts 2 and 3
+    closing = threading.Thread(target=stream.close)
+    closing.start()
+    closing.join(30)
+    waits = closing.is_alive()
+    may_end.set()
+    assert not waits
+
+
 def test_a_text_may_end_where_a_batch_does(tmp_path, teacher_folder, small):
     rows = [json.dumps({"text": "x" * SMALL["BATCH"]})] * 30        # nothing is left for a last one
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
