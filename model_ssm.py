@@ -486,7 +486,7 @@ def prompt_lengths(prompts):
 
 
 class SSM(nn.Module, Generation):
-    """The student, with one method per stage: matrix(i, u), block(i, u), logits(tokens)
+    """The student. A method for each stage: orientation(i, u, ...), block(i, u), logits(tokens)
 
     In stages 1 and 2 u is the input of the teacher's layer i, so each layer learns by itself. Made
     by from_teacher or from_pretrained; SSM(config) has random weights. SSM layers are those whose
@@ -509,7 +509,7 @@ class SSM(nn.Module, Generation):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.block == "phi")
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
-        # As in GPT-2; from_teacher overwrites all but SSM mixers.
+        # As in GPT-2. from_teacher overwrites all but SSM mixers, if its init is not scratch.
         for module in progress_bar(list(self.modules()), "draw random weights"):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -529,7 +529,8 @@ class SSM(nn.Module, Generation):
     # the three stages ------------------------------------------------------------
 
     def matrix(self, i, u):
-        """Stage 1: u (B, L, D), the input of SSM layer i -> its matrix M + diag D (B, H, L, L)"""
+        """What stage 1 trains, in full, for looking: u (B, L, D), the input of SSM layer i -> its
+        matrix M + diag D (B, H, L, L)"""
         layer = self.layers[i]
         return layer.mixer.matrix(layer.input_layernorm(u))
 
@@ -556,7 +557,8 @@ class SSM(nn.Module, Generation):
         return self.lm_head(h)                                                      # (..., V)
 
     def call(self, f, *args):
-        """f(self, *args): any other function of the model's weights, see Block.call"""
+        """f(self, *args): any other function of the embedding, the final norm and the head, which
+        in sharded training are complete only within registered methods, as in Block.call"""
         return f(self, *args)
 
     def outputs(self, tokens):
@@ -948,8 +950,8 @@ def init_qkv(student, teacher, tokens):
     """q, k, v and out_proj of each layer from the teacher's attention in that layer
 
     They have the same roles in both. The convolution starts as the identity, so q k^T starts as
-    the teacher's scores, without its rotary embedding, softmax and norms of q and k. The bias of
-    its output has no place here.
+    the teacher's scores, without its rotary embedding, softmax and norms of q and k. Their biases
+    go into the convolution's. The bias of the output projection, dense, has no place here.
     """
     weights = teacher.weights()
     for i in student.ssm_layers:
@@ -1006,10 +1008,10 @@ def init_fit(student, teacher, tokens):
     0 where least squares would make it negative, where M is 0, and where M is a multiple of I,
     which D can replace.
 
-    q and k take its square root each: AdamW moves all weights by about the same step, so in q alone
-    it would make each step some hundred times as large beside q's weights as beside k's. PyTorch's
-    start of a, about -0.7, forgets all but two tokens, and training makes that worse: what it does
-    not see it cannot learn to look at.
+    q and k are multiplied by the scale's square root each. With all of it in q, q's weights would
+    be some hundred times smaller than k's, and AdamW, which moves all weights by about the same
+    step, would change them that much faster. PyTorch's start of a, about -0.7, forgets all but two
+    tokens, and training makes that worse: what it does not see it cannot learn to look at.
     """
     init_qkv(student, teacher, tokens)
     student.to(tokens.device)
@@ -1103,7 +1105,7 @@ def write_config(config):
 
 
 def read_config(file, most_layers=10**4):
-    """config.json as a dict -> Config. Missing fields are Phi-1.5's, as in the published code.
+    """config.json as a dict -> Config. Shapes that it does not name are Phi-1.5's, as published.
 
     UsageError for what is no model's: values of other types, of no possible size, or more than
     `most_layers` layers.
@@ -1289,7 +1291,7 @@ def json_checksum(values):
 
 def file_checksum(path):
     """xxh3 of the bytes: gigabytes a second"""
-    import xxhash                                   # an exported model must load without it
+    import xxhash           # here, since extras/export.py's models load this file without it
     with open(path, "rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 

@@ -43,8 +43,8 @@ N state (key) width, P head (value) width, Q chunk length, C number of chunks, V
 In orientation_loss D (H) is Mamba-2's skip instead: a layer's output is y + D v. In
 distillation_loss p and q are the two predictions.
 
-It leaves out: second derivatives, and N or P other than 16, 32, 64 and 128 in the Triton form: for
-those ssd() runs the chunked form on a GPU, too.
+It leaves out: second derivatives; in the Triton form fp64, and N or P other than 16, 32, 64 and 128:
+for those ssd() runs the PyTorch forms on a GPU, too.
 
 [1] Mamba-2, arXiv 2405.21060    [2] MOHAWK, arXiv 2408.10189
 """
@@ -76,7 +76,7 @@ def ssd(q, k, v, a, initial_state=None, cu_seqlens=None, return_final_state=Fals
     row, and the state restarts at each boundary; states are then (B, n, H, N, P)
     -> y (B, L, H, P) in v's dtype, or (y, final state), the state in fp32 (fp64 for fp64 inputs).
     Differentiable in every tensor. Any L >= 1. Raises ValueError for shapes that do not fit.
-    Computed in the dtype of the inputs, under torch.autocast too.
+    Computed in v's dtype, decays and states in at least fp32, under torch.autocast too.
     """
     check(q, k, v, a, initial_state, cu_seqlens)
     if backend == "auto":
@@ -130,9 +130,9 @@ def ssd_recurrent(q, k, v, a, initial_state=None, return_final_state=False):
     """
     assert (a <= 0).all(), "a is the log of a decay: it must be <= 0"
     (B, L, H, P), N = v.shape, q.shape[-1]
-    S = initial_state
-    if S is None:
-        S = v.new_zeros(B, H, N, P, dtype=at_least_fp32(v.dtype))
+    dtype = at_least_fp32(v.dtype)
+    S = v.new_zeros(B, H, N, P) if initial_state is None else initial_state
+    S = S.to(dtype)
     y = []
     for t in range(L):
         y_t, S = step_recurrent(q[:, t], k[:, t], v[:, t], a[:, t], S)
@@ -186,6 +186,7 @@ def ssd_naive(q, k, v, a, initial_state=None, return_final_state=False):
     q, k = (x.to(v.dtype) for x in (q, k))
     M = mixing_matrix(q, k, a).to(v.dtype)                              # (B, H, L, L)
     q, k, v = (x.transpose(1, 2) for x in (per_head(q, H), per_head(k, H), v))  # (B, H, L, .)
+    # In fp64 one running sum will do: resets cost an fp32 result no digit (an fp64 one, some).
     sums = floored(a, dtype).double().cumsum(1).transpose(1, 2)[..., None]  # a_1 + ... + a_t
     y = product(M, v.contiguous())                                      # (B, H, L, P)
     if initial_state is not None:
@@ -369,7 +370,7 @@ def scan_states(fade, writes, S, reverse=False):
 # programs are too few to fill the GPU, documents are cut in pieces, with a program each; what a
 # piece adds to the state is computed first, by another kernel.
 # No (Q, Q) tile reaches memory. Programs share no output: two runs give the same bits. Exponents
-# are <= 0, and to base 2, for which GPUs have an instruction (to base e in step_kernel only).
+# are <= 0, and to base 2, for which GPUs have an instruction (but for step_kernel's, to base e).
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 STATE_EVERY = 64                        # a multiple of every chunk length used below
@@ -608,8 +609,8 @@ def configuration(N, P, dtype, arch):
     Chosen so that with Triton 3.7 or newer no kernel spills, that is runs out of registers and uses
     memory instead: `python test_ssd.py 90` prints what each takes on sm_90. S (N, columns) stays in
     registers: it has at most 4,096 numbers, 32 for each thread of 4 warps, and a thread has room
-    for 255 in all. Of 4 warps two programs fit on a multiprocessor, of 8 only one. And a warp takes
-    16 rows of a product: in a chunk of 32, eight warps would compute some products twice.
+    for 255 in all. Of 4 warps two programs fit on a multiprocessor, of 8 only one. And the small
+    products of a chunk of 32 do not divide among eight warps: some would be computed twice.
 
     fp32 needs short chunks besides, because `decays` does not split its running sum into W and A:
     16 resets, which floored makes -112 each, add up to 16 * 112 / ln 2 = 2,600, where fp32 has four
@@ -704,8 +705,8 @@ def architecture(v):
 
 
 def pieces_of(v, programs):
-    """-> how many pieces to cut each document into: enough for two programs on each multiprocessor,
-    but at most L / 256. programs: how many a head of one row has if no document is cut"""
+    """-> how many pieces to cut each document into: at most two programs on each multiprocessor,
+    and at most L / 256. programs: how many a head of one row has if no document is cut"""
     B, L, H = v.shape[:3]
     processors = 1
     if v.is_cuda:
@@ -769,7 +770,8 @@ def ssd_op(q, k, v, a, S, cu, store, pieces):
 @ssd_op.register_fake
 def ssd_outputs(q, k, v, a, S, cu, store, pieces):
     """Empty outputs: ssd_op fills them; torch.compile, which traces shapes only, runs just this.
-    Stored states are in v's dtype: products round them to it anyway. program_range counts them."""
+    Stored states, which program_range counts, are in v's dtype: dq's product rounds them to it
+    anyway, and in da_through the roundings of N P terms average out."""
     B, L, H, P = v.shape
     n_docs, N = S.shape[1], q.shape[-1]
     shape = (B, L // STATE_EVERY + n_docs, H, N, P) if store else (0,)
@@ -1234,7 +1236,8 @@ def softmax_gap_torch(z, z_t, T, scale, next_token, weights, dz):
         q = z_c.softmax(-1)
         p = z_t_c.softmax(-1)
         # log p = z_t - lse_t, and lse_t is the largest z_t less the largest log p: two exponentials
-        # a word are all. Near p = q the KL's terms are small: lse and lse_t round it, no more.
+        # a word are all. Where z is near z_t the KL's first term is small and nearly exact, and its
+        # error no more than the rounding of lse and lse_t.
         lse = z_c.amax(-1) - q.amax(-1).log()                               # (rows)
         lse_t = z_t_c.amax(-1) - p.amax(-1).log()                           # (rows)
         sums[1, rows] = lse_t - torch.linalg.vecdot(p, z_t_c)
