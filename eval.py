@@ -51,7 +51,7 @@ from prepare import (Parser, Tokenizer, at_least_one, count, nonempty, not_negat
 from ssd_kernel import distillation_loss
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. There and back again. "
-LOGITS_AT_ONCE = 2**23      # elements of a (tokens, V) tensor: 32 MB in fp32; in compare a window
+LOGITS_AT_ONCE = 2**23      # elements of a (tokens, V) tensor: 32 MB in fp32, or one window's
 CONTEXTS = [2**n for n in range(9, 17)]     # 512 ... 65,536 tokens
 
 
@@ -231,11 +231,12 @@ def agreement(student, teacher, prompts, n):
 # -----------------------------------------------------------------------------
 # Tasks made of the run's own validation text, with no download. An item is one text or several,
 # each with a number n: its last n tokens, the ending, are to be found. Of one text, all of them
-# must be the model's first choice, as if it wrote them itself; of several the true ending, which
-# stands first, must be the likeliest per byte. Each task draws from a generator of its own.
+# (in `copy` each counts) must be the model's first choice, as if it wrote them; of several the true
+# ending, which stands first, must be the likeliest per byte. Each task draws from a generator of
+# its own.
 
 class Task(NamedTuple):
-    chance: float               # of a guess among the endings, or of any code that the text has
+    chance: float               # the score of who picks one of the endings, or of a text's m keys
     items: list                 # of [(tokens (L), n), ...]
     partly: bool = False        # the score is the share of an ending's tokens, not all or nothing
 
@@ -425,7 +426,7 @@ def choose_attention(student, teacher, K, tokens, counted):
                          "numbers overflow")
     n = len(student.ssm_layers)
     trials = sum(range(n - K + 1, n + 1))               # n in the first round, then one fewer
-    # A trial runs the layers from its own on, half of them on average, and the head.
+    # A trial runs the layers from its own on, half of them on average. (And the head: a bit more.)
     seconds = trials * (time.perf_counter() - start) / 2
     print(f"attention | {K} of {n} SSM layers get it back: {trials:,} trials of "
           f"{tokens.numel():,} tokens, about {seconds:,.0f} s | KL without {before:.4f}")
@@ -623,7 +624,8 @@ def show_memory(run):
     print("\nwhat a model keeps of one text, in MB (fp32):")
     rows = []
     for context in CONTEXTS:
-        # decoder.layers: all of the teacher's, not just those that a shallower student learned from
+        # A student's config has the sizes of the teacher's k and v, too; decoder.layers are all of
+        # the teacher's, not just those that a shallower student learned from.
         cache_t = cache_bytes(run.student.config, len(run.teacher.decoder.layers), context)
         cache, state = memory_of_text(run.student, context)
         rows.append([f"{context:,}", *(f"{x / 1e6:,.2f}" for x in (cache_t, cache, state))])
@@ -922,13 +924,14 @@ class EvaluatedRun:
             print(f"{name} is not the teacher that {self.stage} was distilled from")
         self.args = self._arguments(flags, about)
         self.context = flags.context or self.args.context
-        # It comes with the teacher: under the name that distill.py was given, or --teacher.
+        # By the name that distill.py was given (about["teacher"] is where the weights were), or by
+        # --teacher.
         self.tokenizer = Tokenizer(self.args.teacher)
         self.tokenizer.check_rows(self.teacher.config.vocab_size)   # an embedding for each id?
 
     @staticmethod
     def _arguments(flags, about):
-        # A model outside a run has none of these arguments.
+        # A model outside a run has none of these. The last three are for extras/pictures.py.
         defaults = {"stream": None, "mixer": "mamba2", "n_layer": None, "from_folder": None}
         args = argparse.Namespace(**defaults | about["arguments"])
         args.teacher = flags.teacher or args.teacher
@@ -957,7 +960,7 @@ class EvaluatedRun:
     def held_out(self, n, length):
         """n validation windows (n, length + 1), or all; of a stream at most --eval_tokens"""
         args = argparse.Namespace(**vars(self.args) | {"context": length})
-        if not args.stream:                 # only so many of its tokens are not for training
+        if not args.stream:                 # a stream has no others that are not for training
             args.eval_tokens = n * length
         return open_data(args, self.tokenizer)[1][:n]
 
@@ -1036,7 +1039,8 @@ def parse(arguments=None):
     add("--top_k", type=at_least_one, help="sample from so many likeliest tokens [all]")
     add("--seed", type=count, default=0, help="of the sampling [%(default)s]")
     add("--tasks", choices=("local",), help="tasks made of validation text, instead of the tables")
-    add("--items", type=at_least_one, default=200, help="of a task, about [%(default)s]")
+    add("--items", type=at_least_one, default=200, help="of a task; of each needle a "
+        "tenth, of several keys a quarter [%(default)s]")
     add("--speed", action="store_true", help="tokens/s and memory by context, instead")
     add("--random", metavar="NAME", help="with --speed: this architecture, random weights, no run")
     add("--contexts", type=at_least_one, nargs="+", default=CONTEXTS,

@@ -43,7 +43,7 @@ N state (key) width, P head (value) width, Q chunk length, C number of chunks, V
 In orientation_loss D (H) is Mamba-2's skip instead: a layer's output is y + D v. In
 distillation_loss p and q are the two predictions.
 
-It leaves out: second derivatives; in the Triton form fp64, and N or P other than 16, 32, 64 and 128:
+It leaves out: second derivatives; in the Triton form fp64, and N or P other than 16, 32, 64, 128:
 for those ssd() runs the PyTorch forms on a GPU, too.
 
 [1] Mamba-2, arXiv 2405.21060    [2] MOHAWK, arXiv 2408.10189
