@@ -295,9 +295,7 @@ def train(run, name, stage, student, teacher, data, offset, budget):
     args = run.args
     B, L, world = budget.micro_batch, args.context, run.world
     params = choose_trainable(student, stage)                           # {name: parameter}
-    # Rows of in_proj with no gradient, and the values to put back after each step. They do not
-    # change in a stage, so what is restored below has the same.
-    frozen_rows = find_frozen_rows(student, stage)
+    frozen_rows = find_frozen_rows(student, stage)      # what is restored below has the same values
     optimizer = make_optimizer(params, args)
     steps = budget.tokens // budget.batch
     accumulate = budget.batch // (B * L * world)                        # micro-batches in a step

@@ -130,9 +130,8 @@ def ssd_recurrent(q, k, v, a, initial_state=None, return_final_state=False):
     """
     assert (a <= 0).all(), "a is the log of a decay: it must be <= 0"
     (B, L, H, P), N = v.shape, q.shape[-1]
-    dtype = at_least_fp32(v.dtype)
     S = v.new_zeros(B, H, N, P) if initial_state is None else initial_state
-    S = S.to(dtype)
+    S = S.to(at_least_fp32(v.dtype))
     y = []
     for t in range(L):
         y_t, S = step_recurrent(q[:, t], k[:, t], v[:, t], a[:, t], S)
